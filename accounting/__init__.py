@@ -1,0 +1,28 @@
+"""Privacy accounting for Poisson-sampled Gaussian mechanisms: events, accountants, calibration and the ledger.
+
+Importing this package is cheap and imports no framework; SciPy, autodp and dp-accounting load at the first epsilon.
+"""
+
+from __future__ import annotations
+
+from accounting.accountant import ACCOUNTANTS, Accountant, NeighboringRelation, get_accountant
+from accounting.calibrate import calibrate_noise_multiplier, calibrate_sample_rate, calibrate_steps
+from accounting.errors import AccountingError, LedgerError
+from accounting.events import Events, SampledGaussian, normalise
+from accounting.ledger import PrivacyLedger
+
+__all__ = [
+    "ACCOUNTANTS",
+    "Accountant",
+    "AccountingError",
+    "Events",
+    "LedgerError",
+    "NeighboringRelation",
+    "PrivacyLedger",
+    "SampledGaussian",
+    "calibrate_noise_multiplier",
+    "calibrate_sample_rate",
+    "calibrate_steps",
+    "get_accountant",
+    "normalise",
+]

@@ -1,0 +1,287 @@
+"""Which noise, how many steps, or which sample rate a budget allows. Always on the private side.
+
+Every result has been checked with the accountant itself: a search may steer as it likes, but what it returns satisfied
+`epsilon <= target_epsilon`. Continuous parameters waste at most 0.1 % of epsilon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from accounting.accountant import Accountant, NeighboringRelation, get_accountant
+from accounting.errors import (
+    AccountingError,
+    check_count,
+    check_delta,
+    check_epsilon,
+    check_positive,
+    check_sample_rate,
+)
+from accounting.events import Events, SampledGaussian, normalise
+
+# The search stops inside this share below the target; the accountants' own grids move epsilon by less than half of it.
+_WASTE = 8e-4
+_AIM = 3e-4
+_NOISE_RANGE = (1e-3, 1e6)
+_MIN_RATE = 1e-12
+_MAX_STEPS = 10**9
+_MAX_EVALUATIONS = 200
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-300))
+
+
+class _Search:
+    """A root search on a log-log scale for an epsilon that rises with the log of the parameter.
+
+    Keeps a pair (`good`, `bad`): good satisfied the budget, bad did not, good < bad. Interpolates, with a bisection
+    whenever interpolation is slow; steps in the accountant (a change of grid) cannot break it.
+    """
+
+    def __init__(self, epsilon: Callable[[float], float], target: float) -> None:
+        self._epsilon, self._target = epsilon, target
+        self.evaluations = 0
+
+    def at(self, x: float) -> float:
+        self.evaluations += 1
+        return self._epsilon(x)
+
+    def run(self, start: float, low: float, high: float, done: Callable[[float, float], bool]) -> tuple[float, float]:
+        """Returns (good, bad) in logs of the parameter; one is NaN if the whole range is bad or good.
+
+        Args:
+          start: first guess (log of the parameter).
+          low: most private end of the range (log).
+          high: least private end (log).
+          done: says whether a pair (good, bad) is close enough, besides epsilon itself being within the waste.
+        """
+        good, bad, at_good, at_bad = math.nan, math.nan, math.nan, math.nan
+        x, step = min(max(start, low), high), 0.7
+        while math.isnan(good) or math.isnan(bad):
+            value = self.at(x)
+            if value <= self._target:
+                good, at_good = x, value
+                if x == high or value >= self._target * (1 - _WASTE):
+                    return good, bad
+            else:
+                bad, at_bad = x, value
+                if x == low:
+                    return good, bad
+            if math.isnan(good) or math.isnan(bad):
+                slope_step = abs(_log(value) - _log(self._target)) * 1.2 + 0.01 if value > 0 else step
+                move = max(min(slope_step, 4.0), 0.02) if self.evaluations < 3 else step
+                x = min(x + move, high) if value <= self._target else max(x - move, low)
+                step *= 2
+        previous = bad - good
+        goal = _log(self._target * (1 - _AIM))
+        while not done(good, bad) and at_good < self._target * (1 - _WASTE) and self.evaluations < _MAX_EVALUATIONS:
+            rise = _log(at_bad) - _log(at_good)
+            share = (goal - _log(at_good)) / rise if rise > 0 else 0.5
+            if bad - good > 0.5 * previous and self.evaluations % 3 == 0:
+                share = 0.5
+            previous = bad - good
+            x = good + (bad - good) * min(max(share, 0.02), 0.98)
+            value = self.at(x)
+            if value <= self._target:
+                good, at_good = x, value
+            else:
+                bad, at_bad = x, value
+        return good, bad
+
+
+class _Budget:
+    """The checked arguments that every calibration shares."""
+
+    def __init__(
+        self,
+        where: str,
+        target_epsilon: float,
+        delta: float,
+        accountant: str,
+        relation: NeighboringRelation | str,
+        history: Events,
+    ) -> None:
+        self.where = where
+        self.target = check_epsilon(target_epsilon, where=where, name="target_epsilon")
+        self.delta = check_delta(delta, where=where)
+        self.accountant: Accountant = get_accountant(accountant, relation)
+        self.history = normalise(history)
+        spent = self.accountant.epsilon(self.history, self.delta)
+        if spent > self.target:
+            raise AccountingError(
+                f"{where}: the history alone has epsilon {spent:.6g} at delta {self.delta:g}, above the target"
+                f" {self.target:g}; raise target_epsilon or delta."
+            )
+
+    def epsilon(self, sigma: float, rate: float, steps: int) -> float:
+        events = (*self.history, (SampledGaussian(sigma, rate), steps))
+        return self.accountant.epsilon(events, self.delta)
+
+    def unreachable(self, best: str, change: str) -> AccountingError:
+        return AccountingError(
+            f"{self.where}: epsilon {self.target:g} at delta {self.delta:g} is out of reach: {best}; {change}."
+        )
+
+
+def _close(good: float, bad: float) -> bool:
+    return bad - good < 1e-9
+
+
+def calibrate_noise_multiplier(
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: str = "prv",
+    relation: NeighboringRelation | str = "add_remove",
+    history: Events = (),
+) -> float:
+    """Returns the smallest noise multiplier (to 0.1 % of epsilon) whose epsilon does not exceed the target.
+
+    Args:
+      target_epsilon: budget in nats, including `history`.
+      delta: in (0, 1).
+      sample_rate: Poisson sample rate in (0, 1].
+      steps: number of releases, at least 1.
+      accountant: name in ACCOUNTANTS.
+      relation: neighbouring relation.
+      history: (event, count) pairs already spent.
+
+    Returns:
+      Noise standard deviation / L2 sensitivity.
+
+    Raises:
+      AccountingError: for invalid input, and if no noise multiplier between 0.001 and 10^6 meets or uses the budget.
+
+    Guarantee: epsilon(history + result) <= target_epsilon.
+    """
+    where = "calibrate_noise_multiplier"
+    rate = check_sample_rate(sample_rate, where=where)
+    count = check_count(steps, "steps", where=where)
+    if count == 0:
+        raise AccountingError(f"{where}: steps must be at least 1, got 0; without releases there is nothing to calibrate.")
+    budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
+    # Larger noise is more private: search in the inverse. The guess is the Gaussian limit, right within a factor.
+    guess = rate * math.sqrt(2 * count * -math.log(budget.delta)) / budget.target
+    search = _Search(lambda x: budget.epsilon(math.exp(-x), rate, count), budget.target)
+    smallest, largest = _NOISE_RANGE
+    good, bad = search.run(-math.log(max(guess, 0.6)), -math.log(largest), -math.log(smallest), _close)
+    if math.isnan(good):
+        best = budget.epsilon(largest, rate, count)
+        raise budget.unreachable(
+            f"with noise multiplier {largest:g} it is {best:.6g}", "take fewer steps, a smaller sample rate or a larger delta"
+        )
+    if good == -math.log(smallest):
+        raise AccountingError(
+            f"{where}: even noise multiplier {smallest:g} stays within epsilon {budget.target:g} at delta {budget.delta:g},"
+            " because an example is hardly ever sampled; use a smaller delta, or choose the noise yourself."
+        )
+    return math.exp(-good)
+
+
+def calibrate_sample_rate(
+    target_epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    steps: int,
+    accountant: str = "prv",
+    relation: NeighboringRelation | str = "add_remove",
+    history: Events = (),
+) -> float:
+    """Returns the largest Poisson sample rate (to 0.1 % of epsilon, at most 1) whose epsilon does not exceed the target.
+
+    Args:
+      target_epsilon: budget in nats, including `history`.
+      delta: in (0, 1).
+      noise_multiplier: noise standard deviation / L2 sensitivity.
+      steps: number of releases, at least 1.
+      accountant: name in ACCOUNTANTS.
+      relation: neighbouring relation.
+      history: (event, count) pairs already spent.
+
+    Raises:
+      AccountingError: for invalid input, and if even a sample rate of 10^-12 exceeds the budget.
+
+    Guarantee: epsilon(history + result) <= target_epsilon.
+    """
+    where = "calibrate_sample_rate"
+    sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
+    count = check_count(steps, "steps", where=where)
+    if count == 0:
+        raise AccountingError(f"{where}: steps must be at least 1, got 0; without releases there is nothing to calibrate.")
+    budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
+    guess = budget.target * sigma / math.sqrt(2 * count * -math.log(budget.delta))
+    search = _Search(lambda x: budget.epsilon(sigma, min(1.0, math.exp(x)), count), budget.target)
+    good, _ = search.run(math.log(min(max(guess, 1e-9), 1.0)), math.log(_MIN_RATE), 0.0, _close)
+    if math.isnan(good):
+        best = budget.epsilon(sigma, _MIN_RATE, count)
+        raise budget.unreachable(
+            f"with sample rate {_MIN_RATE:g} it is {best:.6g}", "raise the noise multiplier or delta, or take fewer steps"
+        )
+    return min(1.0, math.exp(good))
+
+
+def calibrate_steps(
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    noise_multiplier: float,
+    accountant: str = "prv",
+    relation: NeighboringRelation | str = "add_remove",
+    history: Events = (),
+) -> int:
+    """Returns the largest number of further releases whose epsilon does not exceed the target.
+
+    Args:
+      target_epsilon: budget in nats, including `history`.
+      delta: in (0, 1).
+      sample_rate: Poisson sample rate in (0, 1].
+      noise_multiplier: noise standard deviation / L2 sensitivity.
+      accountant: name in ACCOUNTANTS.
+      relation: neighbouring relation.
+      history: (event, count) pairs already spent.
+
+    Raises:
+      AccountingError: for invalid input, if one release exceeds the budget, and if 10^9 releases do not.
+
+    Guarantee: epsilon(history + result) <= target_epsilon, and one release more was found to exceed it.
+    """
+    where = "calibrate_steps"
+    rate = check_sample_rate(sample_rate, where=where)
+    sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
+    budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
+    one = budget.epsilon(sigma, rate, 1)
+    if one > budget.target:
+        raise budget.unreachable(f"one release already gives {one:.6g}", "raise the noise multiplier or the budget")
+    if budget.epsilon(sigma, rate, _MAX_STEPS) <= budget.target:
+        raise AccountingError(
+            f"{where}: {_MAX_STEPS:.0e} releases stay within epsilon {budget.target:g} at delta {budget.delta:g};"
+            " lower the noise multiplier or the budget."
+        )
+    good, bad, at_good, at_bad = 1, _MAX_STEPS, one, math.inf
+    guess = (budget.target * sigma / rate) ** 2 / (2 * -math.log(budget.delta))
+    middle = int(min(max(guess, 2.0), _MAX_STEPS - 1))
+    while bad - good > 1:
+        value = budget.epsilon(sigma, rate, middle)
+        if value <= budget.target:
+            good, at_good = middle, value
+        else:
+            bad, at_bad = middle, value
+        middle = _next_count(good, bad, _log(at_good), _log(at_bad), _log(budget.target))
+    return good
+
+
+def _next_count(good: int, bad: int, at_good: float, at_bad: float, goal: float) -> int:
+    """Returns the next number of releases to try, strictly between good and bad whenever there is one."""
+    if math.isinf(at_bad):
+        # No upper end yet: epsilon grows between the square root and the first power of the steps.
+        middle = int(good * min(4.0, max(1.01, math.exp(2.2 * (goal - at_good)))) + 1)
+    else:
+        share = (goal - at_good) / (at_bad - at_good) if at_bad > at_good else 0.5
+        exact = math.exp(math.log(good) + share * (math.log(bad) - math.log(good)))
+        # Aim just beyond the estimate, alternately on both sides, so that both ends close in.
+        margin = max(1.0, 0.02 * (bad - good))
+        middle = round(exact + margin if exact - good < bad - exact else exact - margin)
+    return min(max(middle, good + 1), max(bad - 1, good + 1))

@@ -1,0 +1,408 @@
+"""The one configuration: the same file, with the same hash, runs in both frameworks.
+
+What can change a guarantee (strategy, privacy, sampling) and what cannot (performance) are different types. Unknown keys are
+errors. Files are YAML or TOML; ``--set a.b=c`` overrides single values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError, model_validator
+
+from accounting import NeighboringRelation
+from dptrain.costs import Decision
+from dptrain.errors import ConfigError
+from dptrain.losses import LossName
+from dptrain.mechanism import Allocation
+from dptrain.models import ModelConfig
+from dptrain.strategies import StrategyConfig
+from dptrain.strategies.clipping import MixedGhost
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """Base of the parts: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Part):
+    """Which data set.
+
+    Args:
+        name: ``mnist_5k``, ``fashion_mnist``, ``cifar10``, ``digits``, ``npz`` or ``callable``.
+        path: file or folder to read from; by default the usual places are searched.
+        source: ``package.module:function`` for ``callable``.
+        num_classes: classes, a public constant; by default the data set's own.
+        limit: use only the first examples of the training split.
+        download: fetch the data set from its official address if it is not found.
+    """
+
+    name: Literal["mnist_5k", "fashion_mnist", "cifar10", "digits", "npz", "callable"] = "mnist_5k"
+    path: str | None = None
+    source: str | None = None
+    num_classes: PositiveInt | None = None
+    limit: PositiveInt | None = None
+    download: StrictBool = False
+
+
+class Privacy(Part):
+    """The promise. Give ``target_epsilon`` or ``noise_multiplier``, not both.
+
+    Args:
+        target_epsilon: budget; the noise multiplier is calibrated to it.
+        noise_multiplier: sigma, standard deviation of the noise over the sensitivity of the joint release.
+        target_delta: delta at which epsilon is stated.
+        accountant: ``prv`` or ``rdp``.
+        relation: neighbouring relation.
+        allocation: how the noise is shared among groups.
+        unsafe_seed: makes sampling and noise reproducible, and the guarantee void against anyone who knows it.
+    """
+
+    target_epsilon: Positive | None = None
+    noise_multiplier: Positive | None = None
+    target_delta: Delta = 1e-5
+    accountant: Literal["prv", "rdp"] = "prv"
+    relation: NeighboringRelation = NeighboringRelation.add_remove
+    allocation: Allocation = "global"
+    unsafe_seed: Annotated[int, Field(ge=0, strict=True)] | None = None
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Privacy:
+        if self.target_epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError("target_epsilon and noise_multiplier are both given; give one, the other follows from it")
+        return self
+
+
+class Sampling(Part):
+    """How many steps, on how many examples. Give ``sample_rate`` or ``expected_batch_size``, and ``steps`` or ``epochs``.
+
+    Args:
+        sample_rate: q, probability with which each example enters a step.
+        expected_batch_size: q N.
+        steps: number of steps.
+        epochs: expected passes over the data; ``steps = ceil(epochs / q)``.
+    """
+
+    sample_rate: Probability | None = None
+    expected_batch_size: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    epochs: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Sampling:
+        if (self.sample_rate is None) == (self.expected_batch_size is None):
+            raise ValueError("give exactly one of sample_rate and expected_batch_size")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+    def rate(self, num_examples: int) -> float:
+        """The sample rate q for a data set of N examples.
+
+        Raises:
+            ConfigError: the expected batch is larger than the data set.
+        """
+        if self.sample_rate is not None:
+            return self.sample_rate
+        assert self.expected_batch_size is not None
+        if self.expected_batch_size > num_examples:
+            raise ConfigError(
+                f"sampling.expected_batch_size {self.expected_batch_size} is larger than the data set of {num_examples} examples; "
+                f"lower it to at most {num_examples}."
+            )
+        return self.expected_batch_size / num_examples
+
+    def num_steps(self, num_examples: int) -> int:
+        """The number of steps for a data set of N examples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs / self.rate(num_examples) - 1e-9))
+
+
+class OptimizerConfig(Part):
+    """The framework's own optimizer, applied to the noisy gradient; post-processing, free of privacy cost.
+
+    Args:
+        name: ``sgd``, ``adam`` or ``adamw``.
+        learning_rate: step size at its peak.
+        momentum: of ``sgd``.
+        weight_decay: decoupled decay of ``adamw``.
+        schedule: ``constant``, ``linear`` or ``cosine`` decay to zero over the run.
+        warmup_steps: steps of linear warm-up.
+    """
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> OptimizerConfig:
+        if self.momentum and self.name != "sgd":
+            raise ValueError(f"momentum belongs to sgd, not to {self.name}; remove it")
+        if self.weight_decay and self.name != "adamw":
+            raise ValueError(f"weight_decay belongs to adamw, not to {self.name}; remove it")
+        return self
+
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """The learning rate of one step.
+
+        Args:
+            step: index of the step, from 0.
+            num_steps: steps of the run.
+        Returns:
+            The learning rate.
+        """
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        done = step / max(1, num_steps)
+        decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.schedule]
+        return self.learning_rate * warm * decay
+
+
+class Performance(Part):
+    """Speed and memory. Nothing here can change a guarantee or, beyond rounding, a number.
+
+    Args:
+        physical_batch_size: examples processed at once; a logical batch is split into as many as it needs.
+        compile: ``tf.function`` / ``torch.compile``; ``auto`` compiles in TensorFlow and runs torch eagerly.
+        decision: rule that chooses the norm method per layer.
+        gradients: ``book_keeping`` rebuilds the clipped sum from what was measured; ``two_pass`` runs a second backward pass.
+        precision: ``float32`` or ``float64``.
+        device: ``auto``, ``cpu``, ``cuda`` or another name the framework knows.
+        checkpoint_every: steps between checkpoints.
+        evaluate_every: steps between evaluations on the test split; 0 evaluates at the end only.
+    """
+
+    physical_batch_size: PositiveInt = 128
+    compile: StrictBool | Literal["auto"] = "auto"
+    decision: Decision = "time"
+    gradients: Literal["book_keeping", "two_pass"] = "book_keeping"
+    precision: Literal["float32", "float64"] = "float32"
+    device: str = "auto"
+    checkpoint_every: PositiveInt = 25
+    evaluate_every: Annotated[int, Field(ge=0, strict=True)] = 0
+
+
+class TrainConfig(Part):
+    """A whole run. There is no backend in it.
+
+    Args:
+        model, data, strategy, privacy, sampling, optimizer, performance: the parts.
+        loss: per-example loss.
+        seed: public seed of the starting weights and of dropout; it never reaches sampling or noise.
+    """
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    strategy: StrategyConfig = MixedGhost()
+    privacy: Privacy = Privacy()
+    sampling: Sampling
+    optimizer: OptimizerConfig = OptimizerConfig()
+    performance: Performance = Performance()
+    loss: LossName = "cross_entropy"
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_names(cls, raw: Any) -> Any:
+        """``strategy: ghost`` stands for ``strategy: {name: ghost}``; the same for model, data and optimizer."""
+        if isinstance(raw, Mapping):
+            return {k: {"name": v} if k in ("model", "data", "strategy", "optimizer") and isinstance(v, str) else v for k, v in raw.items()}
+        return raw
+
+    @model_validator(mode="after")
+    def _budget(self) -> TrainConfig:
+        if self.strategy.name != "non_private" and self.privacy.target_epsilon is None and self.privacy.noise_multiplier is None:
+            raise ValueError("privacy: give target_epsilon or noise_multiplier, or choose the strategy non_private")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Read a YAML or TOML file.
+
+        Args:
+            path: the file; its suffix decides the format.
+            overrides: ``a.b=c`` assignments, values in YAML notation.
+        Returns:
+            The config.
+        Raises:
+            ConfigError: unreadable file, unknown key, bad value; one message for all problems.
+        """
+        return cls.parse(apply_overrides(read_file(Path(path)), overrides), str(path))
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], where: str = "the configuration") -> TrainConfig:
+        """A config from plain data, with readable errors.
+
+        Args:
+            raw: nested mappings.
+            where: what to call the source in errors.
+        Returns:
+            The config.
+        Raises:
+            ConfigError: anything wrong.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise ConfigError(explain(error, where)) from None
+
+    def replace(self, **parts: Any) -> TrainConfig:
+        """A copy with other parts, validated again.
+
+        Args:
+            parts: fields to replace, as objects or plain data.
+        Returns:
+            A new config.
+        """
+        return self.parse({**self.to_dict(), **{k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in parts.items()}})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``parse`` reads back."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """YAML text that ``load`` reads back."""
+        import yaml
+
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON form, first 16 hexadecimal digits; the same in both frameworks."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A YAML or TOML file as nested mappings.
+
+    Raises:
+        ConfigError: missing, unreadable, of another format, or not a mapping.
+    """
+    import yaml
+
+    if path.suffix.lower() not in (".yaml", ".yml", ".toml"):
+        raise ConfigError(f"The config file {path} must end in .yaml, .yml or .toml.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"There is no config file {path}; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config file {path} cannot be read: {error}.") from None
+    try:
+        raw = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.load(text, YamlLoader())
+    except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"The config file {path} is not valid {path.suffix[1:].upper()}: {one_line(error)}.") from None
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise ConfigError(f"The config file {path} must hold sections such as model:, data: and privacy:.")
+    return raw
+
+
+def YamlLoader() -> Any:  # noqa: N802 - stands where yaml expects a class
+    """PyYAML's safe loader, reading ``1e-5`` as a number and refusing a key that is given twice."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [getattr(key, "value", None) for key, _ in node.value]
+            twice = {str(k) for k in keys if isinstance(k, str) and keys.count(k) > 1}
+            if twice:
+                raise yaml.YAMLError(f"the key {sorted(twice)[0]!r} is given twice on or after line {node.start_mark.line + 1}")
+            return dict(super().construct_mapping(node, deep))
+
+    # YAML 1.1 wants a dot in the mantissa, so a safe loader reads 1e-5 as a string.
+    number = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply ``a.b=c`` assignments to nested mappings.
+
+    Args:
+        raw: nested mappings.
+        overrides: assignments; the value is read as YAML, so ``null`` removes a setting.
+    Returns:
+        New nested mappings.
+    Raises:
+        ConfigError: malformed assignment.
+    """
+    import yaml
+
+    result: dict[str, Any] = json.loads(json.dumps(raw, default=str))
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            raise ConfigError(f"The override {item!r} must have the form section.key=value, such as strategy.max_grad_norm=0.5.")
+        node = result
+        for part in path[:-1]:
+            child = node.get(part)
+            if isinstance(child, str) and part in ("model", "data", "strategy", "optimizer"):
+                child = {"name": child}
+            node[part] = child if isinstance(child, dict) else {}
+            node = node[part]
+        try:
+            node[path[-1]] = yaml.load(value, YamlLoader())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"The value of the override {item!r} is not valid YAML: {one_line(error)}.") from None
+    return result
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """All problems of a pydantic error as sentences with dotted paths.
+
+    Args:
+        error: the error.
+        where: the source of the values.
+    Returns:
+        One line for one problem, a list for several.
+    """
+    problems: list[str] = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal", "tuple")))
+        if item["type"] == "extra_forbidden":
+            text = f"{path} is not a known key; remove it or check its spelling"
+        elif item["type"] == "missing":
+            text = f"{path} is missing"
+        elif item["type"] == "union_tag_invalid":
+            context = item.get("ctx", {})
+            text = f"{path} has no {context.get('tag')!r}; choose one of {context.get('expected_tags')}"
+        else:
+            shown = "" if isinstance(item.get("input"), dict | BaseModel) else f" (got {item.get('input')!r})"
+            message = item["msg"].removeprefix("Value error, ")
+            text = f"{path + ': ' if path else ''}{message}{shown}"
+        if text not in problems:
+            problems.append(text)
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}."
+    return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}." for p in problems)
+
+
+def one_line(error: object) -> str:
+    """A message of several lines as one."""
+    return " ".join(str(error).split())
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a config file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(TrainConfig).json_schema()}

@@ -1,0 +1,147 @@
+"""The Gaussian mechanism: from one noise multiplier and a plan's bounds to a standard deviation per group, and to the event.
+
+All groups are released together, so the release is ONE Gaussian mechanism (math.md section 1): whitened by the standard
+deviations ``s_k`` its L2 sensitivity is ``sqrt(sum_k (Delta_k / s_k)^2)``, and
+
+    sigma = ( sum_k (Delta_k / s_k)^2 )^(-1/2)                                                                       (1)
+
+is what users call ``noise_multiplier`` and all that the accountant sees. Treating the groups as separate events would
+under-report (accounting.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from accounting import NeighboringRelation, SampledGaussian
+from dptrain.errors import ConfigError
+from dptrain.plan import Group, Plan
+
+Allocation = Literal["global", "per_group", "min_noise"]
+
+# Norms and sums are computed in floating point, so an example may contribute slightly more than its bound. The event that
+# is recorded claims a noise multiplier smaller by this relative margin, which pays for an excess of the bound up to it. The
+# backends make sure that their rounding stays below: norms are accumulated in float32 or wider, and a ghost norm that cancels so
+# strongly that this might fail is rounded up (see ``rules.py`` in either backend).
+FLOAT_MARGIN = 1e-4
+
+
+def sensitivity(group: Group, relation: NeighboringRelation | str = NeighboringRelation.add_remove) -> float:
+    """L2 sensitivity of a group's sum under a neighbouring relation.
+
+    Args:
+        group: the group, with its bound.
+        relation: replacing an example moves the sum by up to twice the bound; adding, removing or zeroing one by the bound.
+    Returns:
+        Delta_k.
+    Source: math.md section 6. This is the only place where a relation becomes a factor.
+    """
+    return group.norm_bound * (2.0 if NeighboringRelation(relation) is NeighboringRelation.replace_one else 1.0)
+
+
+@dataclass(frozen=True)
+class GaussianMechanism:
+    """Shares the noise among the groups of a plan.
+
+    Args:
+        noise_multiplier: sigma, the standard deviation of the noise over the sensitivity of the joint release.
+        allocation: ``global`` (one standard deviation for all), ``per_group`` (in proportion to each bound), or
+            ``min_noise`` (least total noise energy).
+    """
+
+    noise_multiplier: float
+    allocation: Allocation = "global"
+
+    def __post_init__(self) -> None:
+        sigma = self.noise_multiplier
+        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not (math.isfinite(sigma) and sigma > 0):
+            raise ConfigError(f"noise_multiplier must be a finite number above 0, not {sigma!r}; to train without noise use non_private.")
+        if self.allocation not in ("global", "per_group", "min_noise"):
+            raise ConfigError(f"There is no noise allocation {self.allocation!r}; choose global, per_group or min_noise.")
+
+    def stds(self, plan: Plan, relation: NeighboringRelation | str = NeighboringRelation.add_remove) -> dict[str, float]:
+        """Noise standard deviation of each group's sum.
+
+        Args:
+            plan: a plan whose groups all have finite bounds.
+            relation: the neighbouring relation.
+        Returns:
+            Group name -> standard deviation, in the units of the gradient sum.
+        Raises:
+            ConfigError: a group has no finite bound.
+        Guarantee: equation (1) holds with equality for the returned values.
+        Source: math.md section 1.
+        """
+        bad = [g.name for g in plan.groups if not (math.isfinite(g.norm_bound) and g.norm_bound > 0)]
+        if bad:
+            raise ConfigError(f"The groups {bad} of strategy {plan.strategy!r} have no finite bound, so no noise can make them private.")
+        delta = {g.name: sensitivity(g, relation) for g in plan.groups}
+        sigma, count = float(self.noise_multiplier), len(plan.groups)
+        if self.allocation == "global":
+            total = math.sqrt(math.fsum(d * d for d in delta.values()))
+            return dict.fromkeys(delta, sigma * total)
+        if self.allocation == "per_group":
+            return {name: sigma * math.sqrt(count) * d for name, d in delta.items()}
+        root = {g.name: math.sqrt(g.num_params) for g in plan.groups}
+        energy = math.fsum(delta[name] * root[name] for name in delta)
+        return {name: sigma * math.sqrt(d / root[name] * energy) for name, d in delta.items()}
+
+
+def effective_noise_multiplier(
+    plan: Plan, stds: Mapping[str, float], relation: NeighboringRelation | str = NeighboringRelation.add_remove
+) -> float:
+    """Equation (1): the noise multiplier of the joint release with given standard deviations.
+
+    Args:
+        plan: the plan with the groups' bounds.
+        stds: group name -> standard deviation.
+        relation: the neighbouring relation.
+    Returns:
+        sigma.
+    """
+    return 1.0 / math.sqrt(math.fsum((sensitivity(g, relation) / stds[g.name]) ** 2 for g in plan.groups))
+
+
+def release_event(
+    plan: Plan, stds: Mapping[str, float], sample_rate: float, relation: NeighboringRelation | str = NeighboringRelation.add_remove
+) -> SampledGaussian:
+    """The event of one step, from the very standard deviations that are used; planner and ledger both come here.
+
+    Args:
+        plan: the plan.
+        stds: noise standard deviation per group.
+        sample_rate: probability q with which each example enters the step.
+        relation: the neighbouring relation.
+    Returns:
+        The event to record, its noise multiplier reduced by ``FLOAT_MARGIN``.
+    Guarantee: upper bounds on epsilon computed from this event hold for the floating-point release.
+    Source: math.md equation (1).
+    """
+    return SampledGaussian(event_noise_multiplier(effective_noise_multiplier(plan, stds, relation)), sample_rate)
+
+
+def event_noise_multiplier(noise_multiplier: float) -> float:
+    """What is claimed of a noise multiplier after paying for rounding.
+
+    The result is rounded to 12 digits, downwards, so that equal settings make equal events on every machine and allocation.
+    """
+    claimed = noise_multiplier / (1.0 + FLOAT_MARGIN)
+    scale = 10.0 ** (11 - math.floor(math.log10(claimed)))
+    return math.floor(claimed * scale * (1.0 - 1e-13)) / scale
+
+
+def noise_multiplier_for(claimed: float) -> float:
+    """The inverse of ``event_noise_multiplier``, rounded up: noise that supports a claim.
+
+    Args:
+        claimed: noise multiplier that the accountant asked for.
+    Returns:
+        A noise multiplier whose event claims at least that much.
+    """
+    value = claimed * (1.0 + FLOAT_MARGIN)
+    while event_noise_multiplier(value) < claimed:
+        value *= 1.0 + 1e-12
+    return value

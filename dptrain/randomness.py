@@ -1,0 +1,82 @@
+"""Where randomness that protects people comes from: sampling and noise, keyed by the operating system, never by the user's seed.
+
+Both streams are Philox (Salmon et al. 2011), a counter-based generator with a 128-bit key: the stream of a step is addressed by
+``(key, step, stream)``, so nothing has to be stored to continue, and an interrupted logical batch cannot shift what comes after it.
+One NumPy generator serves both frameworks. ``torch.Generator`` would not do: its CPU engine keeps 32 bits of the seed.
+
+With ``unsafe_seed`` the keys follow from the seed; then anyone who knows the seed can subtract the noise, and the report says so.
+Keys are never printed and never written to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NOISE, SAMPLING = "noise", "sampling"
+
+
+@dataclass(frozen=True)
+class RandomKey:
+    """A secret 128-bit key for one purpose.
+
+    Args:
+        value: the key.
+    """
+
+    value: int = field(repr=False)
+
+    @classmethod
+    def make(cls, purpose: str, unsafe_seed: int | None = None) -> RandomKey:
+        """A fresh key from the operating system, or one derived from an ``unsafe_seed``.
+
+        Args:
+            purpose: ``noise`` or ``sampling``; different purposes get independent keys.
+            unsafe_seed: None in every run that claims privacy.
+        Returns:
+            The key.
+        """
+        if unsafe_seed is None:
+            return cls(secrets.randbits(128))
+        digest = hashlib.sha256(f"dptrain/{purpose}/{unsafe_seed}".encode()).digest()
+        return cls(int.from_bytes(digest[:16], "big"))
+
+    def generator(self, step: int, stream: int = 0) -> np.random.Generator:
+        """The generator of one stream of one step; streams never overlap.
+
+        Args:
+            step: index of the step.
+            stream: index of the stream within the step, for noise the position of the parameter.
+        Returns:
+            A NumPy generator. Its 256-bit counter starts at ``(step, stream, 0, 0)``, leaving 2^128 blocks per stream.
+        """
+        return np.random.Generator(np.random.Philox(key=self.value, counter=[0, 0, stream, step]))
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """The Gaussian noise of one release.
+
+    Args:
+        key: the noise key.
+        step: index of the release; each index is used once.
+    """
+
+    key: RandomKey
+    step: int
+
+    def normal(self, stream: int, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+        """Standard normal noise for one parameter.
+
+        Args:
+            stream: position of the parameter in the model's order.
+            shape: shape of the parameter.
+            dtype: ``float32`` or ``float64``.
+        Returns:
+            Independent N(0, 1) values.
+        """
+        generator = self.key.generator(self.step, stream)
+        return generator.standard_normal(shape, dtype=np.float64 if dtype == np.float64 else np.float32)

@@ -1,0 +1,72 @@
+"""Poisson sampling, and fixed-size physical batches with a mask.
+
+The accountants assume that each example enters each step independently with probability q, so that is what is done
+(math.md section 6). The realised size varies, may be 0, and is split into physical batches of ONE shape afterwards: a single draw
+per logical batch, never one draw per physical batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dptrain.errors import ConfigError
+from dptrain.randomness import RandomKey
+
+
+@dataclass(frozen=True)
+class PoissonSampler:
+    """Draws the logical batch of each step.
+
+    Args:
+        num_examples: N, examples in the data set.
+        sample_rate: q, probability with which each example enters a step.
+        key: secret key of the sampling stream.
+    """
+
+    num_examples: int
+    sample_rate: float
+    key: RandomKey
+
+    def __post_init__(self) -> None:
+        if self.num_examples < 1:
+            raise ConfigError("The data set has no examples to sample from; check the data section.")
+        if not (math.isfinite(self.sample_rate) and 0 < self.sample_rate <= 1):
+            raise ConfigError(f"sample_rate must lie in (0, 1], not {self.sample_rate!r}.")
+
+    def sample(self, step: int) -> np.ndarray:
+        """The indices of one logical batch.
+
+        Args:
+            step: index of the step; the same key and step give the same draw.
+        Returns:
+            Sorted indices ``[size]``, int64; possibly empty.
+        Guarantee: each index is drawn independently with probability ``floor(q 2^64) / 2^64 <= q``.
+        Source: math.md section 6.
+        """
+        generator = self.key.generator(step)
+        if self.sample_rate >= 1:
+            return np.arange(self.num_examples)
+        threshold = np.uint64(math.floor(self.sample_rate * 2.0**64))
+        draws = generator.integers(0, 2**64, size=self.num_examples, dtype=np.uint64)
+        return np.flatnonzero(draws < threshold)
+
+
+def physical_batches(indices: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Split a logical batch into physical batches of one fixed size.
+
+    Args:
+        indices: the logical batch, ``[n]``.
+        size: physical batch size B.
+    Yields:
+        ``(indices [B], mask [B])``; padded places repeat an index of the same batch and have mask False, so weight 0. Nothing is
+        yielded for an empty batch.
+    """
+    for start in range(0, len(indices), size):
+        part = indices[start : start + size]
+        mask = np.zeros(size, dtype=bool)
+        mask[: len(part)] = True
+        yield np.concatenate([part, np.full(size - len(part), part[0], dtype=part.dtype)]), mask

@@ -1,0 +1,59 @@
+"""Tables for people, made with rich."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dptrain.plan import Plan
+
+
+def plan_table(plan: Plan, stds: Mapping[str, float] | None = None) -> Any:
+    """The explanation of a plan as a rich table.
+
+    Args:
+        plan: the plan.
+        stds: noise standard deviation per group, added as a column where known.
+    Returns:
+        A ``rich.table.Table``.
+    """
+    from rich.table import Table
+
+    clip = f", clipping {plan.clipping}" if plan.clipping else ""
+    table = Table(title=f"plan: {plan.strategy}{clip}", title_justify="left")
+    for name in ("layer", "kind", "calls"):
+        table.add_column(name)
+    for name in ("T", "D", "p", "parameters"):
+        table.add_column(name, justify="right")
+    for name in ("method", "group"):
+        table.add_column(name)
+    table.add_column("bound", justify="right")
+    if stds is not None:
+        table.add_column("noise std", justify="right")
+    for layer in plan.layers:
+        group = plan.group_of(layer.name)
+        row = [layer.name, layer.kind, str(layer.calls)]
+        row += [f"{n:,}" for n in (layer.positions, layer.fan_in, layer.fan_out, layer.num_params)]
+        row += [plan.norms[layer.name], group.name, f"{group.norm_bound:.6g}"]
+        table.add_row(*row, *([f"{stds[group.name]:.6g}"] if stds is not None else []))
+    total = sum(layer.num_params for layer in plan.layers)
+    table.caption = f"{len(plan.layers)} layers, {total:,} trainable parameters, {len(plan.groups)} group(s)"
+    return table
+
+
+def render(table: Any, width: int = 140) -> str:
+    """A rich renderable as plain text.
+
+    Args:
+        table: the renderable.
+        width: characters per line.
+    Returns:
+        The text, without colours.
+    """
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, no_color=True, highlight=False).print(table)
+    return buffer.getvalue().rstrip()

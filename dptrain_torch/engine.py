@@ -1,0 +1,210 @@
+"""The API for users with a model of their own: diagnostics that run the very code of the training step, and the self-check."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dptrain.errors import UnsupportedModelError
+from dptrain.plan import Plan
+from dptrain.strategies import SensitivityStrategy, get_strategy
+from dptrain_torch.describe import describe
+from dptrain_torch.gradients import Batch, Loss, batch_size, bounded_sum, plain_sum, trainable
+
+
+def make_plan(model: nn.Module, x: Any, strategy: str | SensitivityStrategy = "mixed_ghost", **settings: Any) -> Plan:
+    """The plan of a strategy for a model.
+
+    Args:
+        model: any module.
+        x: a batch of inputs.
+        strategy: a strategy or its name.
+        settings: fields of the strategy, such as ``max_grad_norm``, if it is given by name.
+    Returns:
+        The plan; ``print`` it.
+    """
+    return get_strategy(strategy, **settings).plan(describe(model, x))
+
+
+def full_batch(x: Any, y: Any) -> Batch:
+    """All examples as one physical batch without padding."""
+    some = next(iter(x.values())) if isinstance(x, Mapping) else x[0] if isinstance(x, tuple | list) else x
+    return Batch(x, y, torch.ones(batch_size(x), dtype=torch.bool, device=some.device))
+
+
+def per_sample_norms(model: nn.Module, loss: Loss, x: Any, y: Any, strategy: str | SensitivityStrategy = "mixed_ghost") -> Tensor:
+    """L2 norm of each example's gradient over all trainable parameters.
+
+    Args:
+        model: any module; left as it was.
+        loss: ``loss(output, y) -> [B]``, one value per example.
+        x: inputs ``[B, ...]``, or a tuple or mapping of such.
+        y: targets.
+        strategy: a clipping strategy or its name; all give the same norms.
+    Returns:
+        Norms ``[B]``. They are NOT private.
+    Raises:
+        UnsupportedModelError: the model or the loss cannot be bounded.
+    """
+    norms: dict[str, Tensor] = {}
+    plan = make_plan(model, x, clipping_strategy(strategy))
+    bounded_sum(model, loss, full_batch(x, y), plan, norms_out=norms)
+    if not norms:  # no parameter was reached by the loss
+        return torch.zeros(batch_size(x))
+    return torch.stack([norm.square() for norm in norms.values()]).sum(0).sqrt()
+
+
+def clipped_sum(
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    max_grad_norm: float = 1.0,
+    strategy: str | SensitivityStrategy = "mixed_ghost",
+    two_pass: bool = False,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """The sum over the batch of clipped per-sample gradients, before noise.
+
+    Args:
+        model: any module; left as it was.
+        loss: ``loss(output, y) -> [B]``, one value per example.
+        x: inputs ``[B, ...]``, or a tuple or mapping of such.
+        y: targets.
+        max_grad_norm: C; infinity turns clipping off and gives the plain gradient of the summed loss.
+        strategy: a clipping strategy or its name; all give the same sum. A strategy object keeps its own ``max_grad_norm``.
+        two_pass: take the sum from a second backward pass, after a self-check.
+        settings: further fields of the strategy.
+    Returns:
+        Name in ``named_parameters`` -> tensor. It is NOT private.
+    Raises:
+        UnsupportedModelError: the model or the loss cannot be bounded.
+    """
+    infinite = max_grad_norm == float("inf")
+    if isinstance(strategy, str):
+        strategy = get_strategy(clipping_strategy(strategy), max_grad_norm=1.0 if infinite else max_grad_norm, **settings)
+    plan = make_plan(model, x, strategy)
+    if infinite:
+        plan = plan.with_clip_norm(max_grad_norm)
+    if two_pass:
+        self_check(model, loss, x, y, plan)
+    return bounded_sum(model, loss, full_batch(x, y), plan, two_pass=two_pass).sums
+
+
+def clipping_strategy(strategy: Any) -> Any:
+    """The strategy, if it takes norms.
+
+    Raises:
+        UnsupportedModelError: ``non_private`` takes none.
+    """
+    name = strategy if isinstance(strategy, str) else strategy.name
+    if name == "non_private":
+        raise UnsupportedModelError(["strategy non_private takes no per-sample norms; choose mixed_ghost, ghost or per_sample."])
+    return strategy
+
+
+def take(x: Any, where: Callable[[Tensor], Tensor]) -> Any:
+    """Apply an indexing to every tensor of a batch."""
+    if isinstance(x, Mapping):
+        return {k: take(v, where) for k, v in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(take(v, where) for v in x)
+    return where(x)
+
+
+def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None:
+    """Refuse a model whose clipped sum would not be what it claims. Costs a few passes over at most three examples.
+
+    Checks, with dropout off: every layer keeps the batch first for two batch sizes; no buffer moves; each example's loss is the
+    same alone and in company; without clipping the sum equals the plain gradient; at a tiny C one example stays within its bound.
+
+    Args:
+        model: the model; left as it was.
+        loss: per-example loss.
+        x, y: a batch, of which up to three examples are used.
+        plan: the plan that training will use.
+    Raises:
+        UnsupportedModelError: lists every problem.
+    """
+    count = batch_size(x)
+    picks = [torch.arange(n) % count for n in (2, 3)]
+    batches = [(take(x, lambda t, i=i: t[i.to(t.device)]), take(y, lambda t, i=i: t[i.to(t.device)])) for i in picks]
+    problems: list[str] = []
+    state = copy.deepcopy({k: v for k, v in model.named_buffers()})
+    modes = {m: m.training for m in model.modules()}
+    try:
+        training_probe = full_batch(*batches[1])
+        bounded_sum(model, loss, training_probe, plan)
+        moved = [name for name, b in model.named_buffers() if not torch.equal(b, state[name])]
+        problems += [f"buffer {name!r} is updated from data without noise; remove the layer or freeze its statistics." for name in moved]
+        for module in modes:
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        describe(model, batches[0][0])
+        problems += independence_problems(model, loss, batches[1][0], batches[1][1])
+        problems += completeness_problems(model, loss, full_batch(*batches[1]), plan)
+        problems += bound_problems(model, loss, batches[0], plan)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in model.named_buffers():
+            buffer.data.copy_(state[name])
+    if problems:
+        raise UnsupportedModelError(problems)
+
+
+def independence_problems(model: nn.Module, loss: Loss, x: Any, y: Any) -> list[str]:
+    """Each example's loss alone against its loss in company (pitfalls.md G8)."""
+    from dptrain_torch.gradients import call_model, example_losses
+
+    with torch.enable_grad():
+        together = example_losses(loss, call_model(model, x), y, 3).detach()
+        alone = [
+            example_losses(loss, call_model(model, take(x, lambda t, i=i: t[i : i + 1])), take(y, lambda t, i=i: t[i : i + 1]), 1)
+            for i in range(3)
+        ]
+    gap = (torch.cat(alone).detach() - together).abs().max()
+    if not bool(gap <= tolerance(together) * (1 + together.abs().max())):
+        return [f"the loss of one example depends on the others in its batch (by {float(gap):.3g}); find the layer or loss that mixes examples."]
+    return []
+
+
+def completeness_problems(model: nn.Module, loss: Loss, batch: Batch, plan: Plan) -> list[str]:
+    """Without clipping the sum must be the plain gradient: every use of every parameter is seen (G1, G4, G5, G23)."""
+    ours = bounded_sum(model, loss, batch, plan.with_clip_norm(float("inf"))).sums
+    plain = plain_sum(model, loss, batch).sums
+    scale = max(float(value.norm()) for value in plain.values())
+    bad = [
+        name
+        for name, value in plain.items()
+        if not bool((ours[name] - value).norm() <= 10 * tolerance(value) * max(float(value.norm()), 1e-2 * scale) + 1e-30)
+    ]
+    return [
+        f"parameter {name!r} is used in a way that no layer call shows (a functional use, a reused weight), so its gradient would be wrong; "
+        "call the layer itself, or wrap the use in a module of its own."
+        for name in bad
+    ]
+
+
+def bound_problems(model: nn.Module, loss: Loss, pair: tuple[Any, Any], plan: Plan) -> list[str]:
+    """One example at a tiny clipping norm must stay within it."""
+    tiny, (x, y) = 1e-3, pair
+    one = full_batch(take(x, lambda t: t[:1]), take(y, lambda t: t[:1]))
+    sums = bounded_sum(model, loss, one, plan.with_clip_norm(tiny)).sums
+    total = float(torch.stack([value.double().square().sum() for value in sums.values()]).sum().sqrt())
+    bound = tiny * len(plan.groups) ** 0.5
+    if not total <= bound * (1 + 1e-3):
+        return [f"one example contributes {total:.3g} for a bound of {bound:.3g}; please report this model."]
+    return []
+
+
+def tolerance(x: Tensor) -> float:
+    """Relative agreement to expect of two ways to compute the same thing in a given precision."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(x.dtype, 5e-2)
+
+
+__all__ = ["clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check", "trainable"]

@@ -1,0 +1,273 @@
+"""The weighted sum of per-sample gradients of a batch, as a plan describes it: one forward and one backward pass.
+
+Book-keeping (Bu et al. 2022, arXiv:2210.00038): what is released is rebuilt from the very activations and cotangents that were
+measured. A use of a weight that the tap does not see can bias the sum, but it cannot break the bound. ``two_pass`` takes the sum
+from a second backward pass over the reweighted loss instead; there an unseen use WOULD break the bound, so it is allowed only for a
+model that has passed ``engine.self_check``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dptrain.clipping import clip_weight
+from dptrain.errors import ConfigError, UnsupportedModelError
+from dptrain.plan import Plan
+from dptrain_torch.hooks import Call, Tap, Unit, find_units
+from dptrain_torch.rules import generic_uses
+from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example
+
+Loss = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass
+class Batch:
+    """A physical batch of fixed shape.
+
+    Args:
+        x: inputs ``[B, ...]``; a tuple or mapping of tensors is passed to the model as arguments.
+        y: targets ``[B, ...]``, passed to the loss as they are.
+        mask: bool ``[B]``; False marks padding, which has weight 0.
+    """
+
+    x: Any
+    y: Any
+    mask: Tensor
+
+
+@dataclass
+class Grads:
+    """A gradient sum on its way to release; opaque to the core.
+
+    Args:
+        sums: parameter name -> sum over examples, in the order of ``named_parameters``.
+        stats: sums that are NOT private: ``loss``, ``count``, ``clipped``, ``nonfinite``; for progress displays only.
+    """
+
+    sums: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name; a tied one appears once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def call_model(model: nn.Module, x: Any) -> Any:
+    """Call a model on a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple | list) else model(x)
+
+
+def batch_size(x: Any) -> int:
+    """B, from the first tensor of a batch."""
+    first = next(iter(x.values())) if isinstance(x, Mapping) else x[0] if isinstance(x, tuple | list) else x
+    return int(first.shape[0])
+
+
+def example_losses(loss: Loss, output: Any, y: Any, batch: int) -> Tensor:
+    """Per-example losses ``[B]``, or a refusal.
+
+    Raises:
+        UnsupportedModelError: the loss is not one value per example, or does not depend on a trainable parameter.
+    """
+    losses = loss(output, y)
+    if not isinstance(losses, Tensor) or losses.shape != (batch,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise UnsupportedModelError(
+            [f"the loss returned {shape} for a batch of {batch}: it must give one value per example; use reduction='none' and reduce each example's own values to one."]
+        )
+    if not losses.requires_grad:
+        raise UnsupportedModelError(["the loss depends on no trainable parameter, so nothing would be trained; unfreeze a layer."])
+    return losses
+
+
+class Accumulator:
+    """Turns calls into squared norms per group while the backward pass runs, and into weighted sums after it.
+
+    Args:
+        plan: the plan; norm methods are read from it.
+        expected: parameter name -> number of uses in the forward pass.
+        owners: parameter name -> layers that use it.
+        keep: whether uses are kept for the weighted sum (book-keeping).
+    """
+
+    def __init__(self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], batch: int, keep: bool) -> None:
+        self.plan, self.expected, self.owners, self.batch, self.keep = plan, expected, owners, batch, keep
+        self.group_of = {layer: group.name for group in plan.groups for layer in group.layers}
+        self.waiting: dict[str, list[Use]] = {}
+        self.ready: dict[str, list[Use]] = {}
+        self.squares: dict[str, Tensor] = {}
+
+    def __call__(self, call: Call) -> None:
+        """Take in one call; a parameter is finished when its last use has arrived."""
+        for name, use in call_uses(call).items():
+            uses = self.waiting.setdefault(name, [])
+            uses.append(use)
+            if len(uses) == self.expected[name]:
+                self.finish(name)
+
+    def finish(self, name: str) -> None:
+        """Norm of one parameter's per-sample gradient, from all its uses."""
+        uses = self.waiting.pop(name)
+        wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
+        direct = all(isinstance(use, DirectUse) for use in uses)
+        square = ghost_norm(uses) if wants_ghost and not direct else None
+        if square is None:
+            gradient = uses[0].instantiate()
+            for use in uses[1:]:
+                gradient = gradient + use.instantiate()
+            square, uses = gradient.flatten(1).square().sum(1), [DirectUse(gradient)]
+        group = self.group_of[self.owners[name][0]]
+        self.squares[group] = self.squares[group] + square if group in self.squares else square
+        if self.keep:
+            self.ready[name] = uses
+
+    def finish_all(self) -> None:
+        """Finish parameters some of whose uses never got a cotangent: those uses contribute zero."""
+        for name in list(self.waiting):
+            self.finish(name)
+
+    def norms(self) -> dict[str, Tensor]:
+        """Group -> norm ``[B]`` of each example's gradient."""
+        return {name: square.sqrt() for name, square in self.squares.items()}
+
+
+def call_uses(call: Call) -> dict[str, Use]:
+    """Parameter name -> use, for the trainable parameters of one call."""
+    unit = call.unit
+    if unit.rule is None:
+        by_role = generic_uses(unit.module, list(unit.params), call.args, call.kwargs, call.cotangents)
+    else:
+        cotangent = call.cotangents[0]
+        assert cotangent is not None
+        by_role = unit.rule.uses(unit.module, call.input, cotangent)
+    return {name: by_role[role] for role, name in unit.params.items()}
+
+
+def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Group -> weight ``[B]`` of each example, and which examples are finite in every group.
+
+    Guarantee: padding and examples with a norm that is not finite have weight 0 in every group.
+    """
+    finite = torch.ones_like(valid)
+    for norm in norms.values():
+        finite = finite & norm.isfinite()
+    weights = {}
+    for group in plan.groups:
+        if group.name in norms:
+            norm = norms[group.name]
+            w = clip_weight(plan.clipping or "abadi", norm, group.clip_norm, plan.gamma, lambda n, c: n.clamp(min=c))
+            weights[group.name] = torch.where(valid & finite, w, torch.zeros_like(w))
+    return weights, finite
+
+
+def bounded_sum(
+    model: nn.Module, loss: Loss, batch: Batch, plan: Plan, *, two_pass: bool = False, norms_out: dict[str, Tensor] | None = None
+) -> Grads:
+    """``sum_i w_ik g_ik`` for every group k of a plan.
+
+    Args:
+        model: the user's model; left as it was.
+        loss: ``loss(output, y) -> [B]``.
+        batch: a physical batch.
+        plan: groups, clipping norms and norm methods.
+        two_pass: take the sum from a second backward pass.
+        norms_out: filled with group -> norms ``[B]``, for diagnostics.
+    Returns:
+        The sums.
+    Raises:
+        UnsupportedModelError: the model or the loss cannot be bounded.
+    Guarantee: with a clipping plan, changing one example changes the sum of group k by a vector of norm at most its
+        ``norm_bound`` (twice for a replacement), up to ``mechanism.FLOAT_MARGIN``.
+    Source: math.md sections 1 to 3.
+    """
+    if not plan.needs_norms:
+        return plain_sum(model, loss, batch)
+    units, size = find_units(model), batch_size(batch.x)
+    known = {layer.name for layer in plan.layers}
+    if known != {unit.name for unit in units}:
+        raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
+    with torch.enable_grad(), Tap(units, size) as tap:
+        losses = example_losses(loss, call_model(model, batch.x), batch.y, size)
+    expected: dict[str, int] = {}
+    for call in tap.calls:
+        for name in call.unit.params.values():
+            expected[name] = expected.get(name, 0) + 1
+    owners: dict[str, list[str]] = {}
+    for unit in units:
+        for name in unit.params.values():
+            owners.setdefault(name, []).append(unit.name)
+    valid = batch.mask & losses.detach().isfinite()
+    accumulator = Accumulator(plan, expected, owners, size, keep=not two_pass)
+    with torch.enable_grad():
+        total = torch.where(valid, losses, torch.zeros_like(losses)).sum()
+    with torch.no_grad():
+        tap.backward(total, accumulator, retain_graph=two_pass)
+        accumulator.finish_all()
+        norms = accumulator.norms()
+        if norms_out is not None:
+            norms_out.update(norms)
+        weights, finite = weights_of(plan, norms, valid)
+        stats = statistics(plan, losses, batch.mask, valid & finite, norms)
+    group_of = {name: accumulator.group_of[layers[0]] for name, layers in owners.items()}
+    if two_pass:
+        if bool((finite & valid | ~batch.mask).all()):
+            return Grads(second_pass(model, losses, weights, group_of), stats)
+        return bounded_sum(model, loss, batch, plan)  # a non-finite example would poison the native sum
+    with torch.no_grad():
+        clean = bool(finite.all()) and bool(losses.isfinite().all())
+        sums = {}
+        for name, parameter in trainable(model).items():
+            uses: Iterable[Use] = accumulator.ready.pop(name, ())
+            value = torch.zeros_like(parameter, requires_grad=False)
+            for use in uses:
+                w = weights[group_of[name]]
+                value = value + (use if clean else use.keep(w > 0)).weighted_sum(w).to(value.dtype)
+            sums[name] = value
+    return Grads(sums, stats)
+
+
+def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str]) -> dict[str, Tensor]:
+    """The same sums from a backward pass over the reweighted losses, one pass per group."""
+    parameters, sums = trainable(model), {}
+    for i, (group, w) in enumerate(weights.items()):
+        names = [name for name in parameters if group_of[name] == group]
+        with torch.enable_grad():
+            total = (losses * w).sum()
+        last = i == len(weights) - 1
+        gradients = torch.autograd.grad(total, [parameters[n] for n in names], retain_graph=not last, allow_unused=True)
+        sums.update(zip(names, gradients, strict=True))
+    return {n: torch.zeros_like(p, requires_grad=False) if sums.get(n) is None else sums[n] for n, p in parameters.items()}
+
+
+def plain_sum(model: nn.Module, loss: Loss, batch: Batch) -> Grads:
+    """The unclipped sum by ordinary backpropagation: what ``non_private`` and proven bounds need."""
+    parameters = trainable(model)
+    with torch.enable_grad():
+        losses = example_losses(loss, call_model(model, batch.x), batch.y, batch_size(batch.x))
+        total = torch.where(batch.mask, losses, torch.zeros_like(losses)).sum()
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    sums = {
+        name: torch.zeros_like(p, requires_grad=False) if g is None else g
+        for (name, p), g in zip(parameters.items(), gradients, strict=True)
+    }
+    zero = losses.new_zeros(())
+    count = batch.mask.sum()
+    return Grads(sums, {"loss": total.detach(), "count": count, "clipped": zero, "nonfinite": zero})
+
+
+def statistics(plan: Plan, losses: Tensor, mask: Tensor, used: Tensor, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the batch for progress displays. NOT private (pitfalls.md G18)."""
+    clipped = torch.zeros_like(used)
+    for group in plan.groups:
+        if group.name in norms and group.clip_norm is not None:
+            clipped = clipped | (norms[group.name] > group.clip_norm)
+    loss = per_example(used, losses.detach()).sum()
+    return {"loss": loss, "count": mask.sum(), "clipped": (clipped & used).sum(), "nonfinite": (mask & ~used).sum()}

@@ -1,0 +1,237 @@
+"""Layer classes and what is known of each: kind, facts for the planner, uses of its parameters.
+
+One row per layer class; the rows are the registration. A class without a row gets the slow method (``generic_uses``), exact for any
+module that treats examples independently; a class that mixes examples is refused, with the replacement named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dptrain.info import CONV, EMBEDDING, LINEAR, NORM
+from dptrain_torch.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, wide
+
+Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known of a layer class.
+
+    Args:
+        kind: one of ``dptrain.info.KINDS``.
+        facts: ``(module, input, output) -> Facts``.
+        uses: ``(module, input, cotangent) -> {role: use}``.
+        problem: ``(module) -> sentence or None``: settings that cannot be handled.
+    """
+
+    kind: str
+    facts: Callable[[Any, Tensor, Tensor], Facts]
+    uses: Callable[[Any, Tensor, Tensor], dict[str, Use]]
+    problem: Callable[[Any], str | None] = lambda module: None
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------------
+
+
+def linear_facts(module: nn.Linear, a: Tensor, z: Tensor) -> Facts:
+    return {"positions": z[0, ..., 0].numel(), "fan_in": module.in_features, "fan_out": module.out_features}
+
+
+def linear_uses(module: nn.Linear, a: Tensor, g: Tensor) -> dict[str, Use]:
+    batch = g.shape[0]
+    a, g = wide(a).reshape(batch, -1, a.shape[-1]), wide(g).reshape(batch, -1, g.shape[-1])  # [B, T, D], [B, T, p]
+    return {"weight": LinearUse(a, g), "bias": DirectUse(g.sum(1))}
+
+
+# --- convolution ----------------------------------------------------------------------------------------------------------
+
+
+def conv_pads(module: Any) -> tuple[tuple[int, int], ...]:
+    """Padding before and after each spatial axis, as the layer itself applies it."""
+    if isinstance(module.padding, str):
+        flat = module._reversed_padding_repeated_twice
+        return tuple((flat[i], flat[i + 1]) for i in range(len(flat) - 2, -1, -2))
+    return tuple((n, n) for n in module.padding)
+
+
+def conv_facts(module: Any, a: Tensor, z: Tensor) -> Facts:
+    taps = torch.Size(module.kernel_size).numel()
+    if module.transposed:  # the roles of input and output are swapped
+        positions, padded, fan_out, channels = a[0, 0].numel(), z[0, 0].numel(), module.in_channels, module.out_channels
+    else:
+        pads = conv_pads(module)
+        padded = torch.Size([n + low + high for n, (low, high) in zip(a.shape[2:], pads, strict=True)]).numel()
+        positions, fan_out, channels = z[0, 0].numel(), module.out_channels, module.in_channels
+    channels //= module.groups
+    attrs = {"groups": module.groups, "kernel": taps, "channels": channels, "padded": padded}
+    return {"positions": positions, "fan_in": channels * taps, "fan_out": fan_out, "attrs": attrs}
+
+
+def conv_uses(module: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
+    a, g = wide(a), wide(g)
+    shape = (module.kernel_size, module.stride, module.dilation, module.groups)
+    bias = DirectUse(g.flatten(2).sum(2))
+    if module.transposed:  # <g, convT(x, W)> = <conv(g, W), x>
+        return {"weight": ConvUse(g, a, *shape, tuple((n, n) for n in module.padding)), "bias": bias}
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return {"weight": ConvUse(a, g, *shape, conv_pads(module), mode), "bias": bias}
+
+
+# --- embedding ------------------------------------------------------------------------------------------------------------
+
+
+def embedding_facts(module: nn.Embedding, a: Tensor, z: Tensor) -> Facts:
+    return {"positions": z[0, ..., 0].numel(), "fan_in": module.num_embeddings, "fan_out": module.embedding_dim}
+
+
+def embedding_uses(module: nn.Embedding, a: Tensor, g: Tensor) -> dict[str, Use]:
+    batch = g.shape[0]
+    ids, g = a.reshape(batch, -1).long(), wide(g).reshape(batch, -1, g.shape[-1])  # [B, T], [B, T, d]
+    if module.padding_idx is not None:
+        g = g.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0.0)
+    return {"weight": EmbeddingUse(ids, g, module.num_embeddings)}
+
+
+def embedding_problem(module: nn.Embedding) -> str | None:
+    if module.max_norm is not None:
+        return "max_norm rewrites rows from the data without noise; remove it"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq divides by counts over the batch, which mixes examples; set it to False"
+    return "sparse gradients cannot receive noise on every row; set sparse=False" if module.sparse else None
+
+
+# --- normalisation --------------------------------------------------------------------------------------------------------
+
+
+def trailing_uses(x_hat: Tensor, g: Tensor, shape: tuple[int, ...]) -> dict[str, Use]:
+    """Scale and offset over the trailing axes ``shape``."""
+    between = list(range(1, g.dim() - len(shape)))
+    sums = [t.sum(between) if between else t for t in (g * x_hat, g)]
+    return {"weight": DirectUse(sums[0]), "bias": DirectUse(sums[1])}
+
+
+def channel_uses(x_hat: Tensor, g: Tensor) -> dict[str, Use]:
+    """Scale and offset per channel, axis 1."""
+    return {"weight": DirectUse((g * x_hat).flatten(2).sum(2)), "bias": DirectUse(g.flatten(2).sum(2))}
+
+
+def layer_norm_uses(module: nn.LayerNorm, a: Tensor, g: Tensor) -> dict[str, Use]:
+    shape = tuple(module.normalized_shape)
+    return trailing_uses(F.layer_norm(wide(a), shape, None, None, module.eps), wide(g), shape)
+
+
+def rms_norm_uses(module: nn.RMSNorm, a: Tensor, g: Tensor) -> dict[str, Use]:
+    shape = tuple(module.normalized_shape)
+    return trailing_uses(F.rms_norm(wide(a), shape, None, module.eps), wide(g), shape)
+
+
+def group_norm_uses(module: nn.GroupNorm, a: Tensor, g: Tensor) -> dict[str, Use]:
+    return channel_uses(F.group_norm(wide(a), module.num_groups, None, None, module.eps), wide(g))
+
+
+def instance_norm_uses(module: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
+    return channel_uses(F.instance_norm(wide(a), eps=module.eps), wide(g))
+
+
+def norm_facts(module: Any, a: Tensor, z: Tensor) -> Facts:
+    size = module.weight.numel()
+    return {"positions": z[0].numel() // size, "fan_in": 1, "fan_out": size}
+
+
+def norm_problem(module: Any) -> str | None:
+    if getattr(module, "track_running_stats", False):
+        return f"{type(module).__name__} with running statistics stores data without noise; set track_running_stats=False"
+    return None
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+_CONV = Rule(CONV, conv_facts, conv_uses)
+RULES: Mapping[type[nn.Module], Rule] = {
+    nn.Linear: Rule(LINEAR, linear_facts, linear_uses),
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
+    nn.ConvTranspose1d: _CONV,
+    nn.ConvTranspose2d: _CONV,
+    nn.ConvTranspose3d: _CONV,
+    nn.Embedding: Rule(EMBEDDING, embedding_facts, embedding_uses, embedding_problem),
+    nn.LayerNorm: Rule(NORM, norm_facts, layer_norm_uses),
+    nn.RMSNorm: Rule(NORM, norm_facts, rms_norm_uses),
+    nn.GroupNorm: Rule(NORM, norm_facts, group_norm_uses),
+    nn.InstanceNorm1d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem),
+    nn.InstanceNorm2d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem),
+    nn.InstanceNorm3d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem),
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The row of a module's class; a subclass counts only if it inherits ``forward`` unchanged."""
+    for cls in type(module).__mro__:
+        if cls in RULES:
+            own = type(module).forward is cls.forward or (
+                # InstanceNorm1d/2d/3d and LayerNorm subclasses share forward with a private base
+                getattr(type(module), "forward", None) is getattr(cls, "forward", None)
+            )
+            roles = {name for name, p in module.named_parameters(recurse=False) if p is not None}
+            hooked = bool(module._forward_pre_hooks or module._forward_hooks)  # weight norm and the like recompute the weight
+            return RULES[cls] if own and roles <= {"weight", "bias"} and not hooked else None
+    return None
+
+
+def mixes_examples(module: nn.Module) -> str | None:
+    """A sentence if a module lets one example influence another, whether or not it is trainable; else None."""
+    name = type(module).__name__
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return f"{name} computes statistics over the batch, so one example moves the others; replace it by GroupNorm"
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return norm_problem(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return f"{name} has parameters without a shape; run one forward pass first"
+    return None
+
+
+def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, cotangents: list[Tensor | None]) -> dict[str, Use]:
+    """The slow method: per-sample gradients of a whole module by ``vmap`` over its vector-Jacobian product.
+
+    Args:
+        module: any module that treats examples independently and draws no random numbers.
+        names: its trainable parameters, relative names.
+        args, kwargs: what it was called with; tensors whose first axis is B are split into examples.
+        cotangents: of its tensor outputs, in order; None where the loss does not depend on one.
+    Returns:
+        Relative name -> use.
+    """
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    batch = next(c.shape[0] for c in cotangents if c is not None)
+    leaves, spec = tree_flatten((args, kwargs))
+    split = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in leaves]
+    leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+    params = dict(module.named_parameters())
+    constant = {k: v.detach() for k, v in params.items() if k not in names} | dict(module.named_buffers())
+    present = [i for i, c in enumerate(cotangents) if c is not None]
+
+    def one(xs: list[Tensor], gs: list[Tensor]) -> dict[str, Tensor]:
+        it = iter(xs)
+        full = [next(it).unsqueeze(0) if is_split else x for x, is_split in zip(leaves, split, strict=True)]
+        call_args, call_kwargs = tree_unflatten(full, spec)
+
+        def outputs(weights: dict[str, Tensor]) -> list[Tensor]:
+            out = torch.func.functional_call(module, {**constant, **weights}, call_args, call_kwargs)
+            tensors = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+            return [tensors[i] for i in present]
+
+        _, vjp = torch.func.vjp(outputs, {name: params[name].detach() for name in names})
+        return dict(vjp([g.unsqueeze(0) for g in gs])[0])
+
+    xs = [x for x, is_split in zip(leaves, split, strict=True) if is_split]
+    gradients = torch.func.vmap(one, randomness="error")(xs, [c for c in cotangents if c is not None])
+    return {name: DirectUse(wide(gradient)) for name, gradient in gradients.items()}

@@ -1,0 +1,99 @@
+"""From a sum of per-sample gradients to new weights: accumulate, reduce, add noise, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from dptrain.plan import Plan
+from dptrain.randomness import StepNoise
+from dptrain_torch.gradients import Grads, trainable
+
+STATS = ("loss", "count", "clipped", "nonfinite")
+
+
+def zeros(model: nn.Module) -> Grads:
+    """The empty sum: what an empty logical batch releases, before noise (pitfalls.md G17)."""
+    parameters = trainable(model)
+    some = next(iter(parameters.values()))
+    sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+    return Grads(sums, {name: torch.zeros((), device=some.device) for name in STATS})
+
+
+def add(total: Grads, part: Grads) -> Grads:
+    """The sum of two partial sums.
+
+    Args:
+        total: sum so far.
+        part: sum of another physical batch of the same logical batch.
+    Returns:
+        A new sum; the arguments stay as they are.
+    """
+    sums = {name: value + part.sums[name] for name, value in total.sums.items()}
+    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()})
+
+
+def reduce(total: Grads) -> Grads:
+    """The sum over all workers: an all-reduce under ``torch.distributed``, the identity on one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for value in total.sums.values():
+            torch.distributed.all_reduce(value)
+    return total
+
+
+def group_of_parameter(plan: Plan) -> dict[str, str]:
+    """Parameter name -> group name."""
+    groups = {layer: group.name for group in plan.groups for layer in group.layers}
+    return {param: groups[layer.name] for layer in reversed(plan.layers) for param in layer.params}
+
+
+def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
+    """Add Gaussian noise to the sum of every trainable parameter, used in this step or not.
+
+    Args:
+        total: the sum over the whole logical batch and all workers.
+        plan: says which group a parameter belongs to.
+        stds: group name -> standard deviation.
+        noise: the noise of this release, used for nothing else.
+    Returns:
+        The released sums.
+    Raises:
+        KeyError: a parameter is in no group, so that nothing is ever released without noise.
+    Guarantee: with ``stds`` from ``GaussianMechanism`` this is one Gaussian mechanism with the stated noise multiplier.
+    Source: math.md section 1.
+    """
+    groups, sums = group_of_parameter(plan), {}
+    for stream, (name, value) in enumerate(total.sums.items()):
+        dtype = np.float64 if value.dtype == torch.float64 else np.float32
+        drawn = torch.from_numpy(noise.normal(stream, tuple(value.shape), dtype)).to(value.device, value.dtype)
+        sums[name] = value + stds[groups[name]] * drawn
+    return Grads(sums, total.stats)
+
+
+def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, scale: float, learning_rate: float) -> None:
+    """One optimizer step on the released sum.
+
+    Args:
+        model: the model.
+        optimizer: any torch optimizer over its trainable parameters.
+        released: the output of ``privatize``.
+        scale: ``1 / (q N)``, a constant.
+        learning_rate: of this step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    parameters = trainable(model)
+    for name, parameter in parameters.items():
+        parameter.grad = released.sums[name].to(parameter.dtype) * scale
+    optimizer.step()
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def project(model: nn.Module, plan: Plan) -> None:
+    """Restore the constraints that a proven bound rests on; clipping plans have none."""
+    if plan.project:
+        raise TypeError(f"strategy {plan.strategy!r} asks for a projection, and this model has no constrained layer")

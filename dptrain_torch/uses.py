@@ -1,0 +1,262 @@
+"""One use of one parameter in one call of a layer: its per-sample gradient, its norm without it, its weighted sum.
+
+A parameter's per-sample gradient is the sum over its uses. Its squared norm is therefore the sum over ALL pairs of uses of their
+inner products, cross terms included (math.md section 2): that is how tied weights and layers called twice come out exact.
+
+    instantiate()      per-sample gradient                    [B, *shape]
+    inner(other)       <G_i, G'_i> without instantiating      [B]
+    weighted_sum(w)    sum_i w_i G_i by a native kernel       [*shape]
+
+Shapes: B examples, T positions, D fan-in, p fan-out, d width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dptrain.mechanism import FLOAT_MARGIN
+
+
+def wide(x: Tensor) -> Tensor:
+    """Norms and contractions are taken in float32 at least (pitfalls.md G11)."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def per_example(flags: Tensor, x: Tensor) -> Tensor:
+    """Zero the examples whose flag is False, by selection, since 0 * NaN is NaN."""
+    return torch.where(flags.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+@dataclass
+class Use:
+    """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
+
+    ghost = False
+
+    def instantiate(self) -> Tensor:
+        """Per-sample gradient ``[B, *shape]``."""
+        raise TypeError(f"{type(self).__name__} cannot be instantiated")
+
+    def inner(self, other: Use) -> Tensor | None:
+        """Inner product with another use's per-sample gradient, ``[B]``; None where no ghost formula joins the two."""
+        return None
+
+    def magnitude(self) -> Tensor:
+        """``sum_t |a_t| |g_t|`` per channel group, ``[B, groups]``: bounds the rounding error of ``inner``."""
+        raise TypeError(f"{type(self).__name__} has no ghost norm")
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        """``sum_i w_i G_i``, of the parameter's shape."""
+        return torch.tensordot(w, self.instantiate(), dims=1)
+
+    def keep(self, finite: Tensor) -> Use:
+        """The same use with the examples zeroed whose flag is False."""
+        raise TypeError(f"{type(self).__name__} cannot be masked")
+
+
+@dataclass
+class DirectUse(Use):
+    """A per-sample gradient that is at hand: biases, normalisation layers, the slow method."""
+
+    gradient: Tensor  # [B, *shape]
+
+    def instantiate(self) -> Tensor:
+        return self.gradient
+
+    def keep(self, finite: Tensor) -> Use:
+        return DirectUse(per_example(finite, self.gradient))
+
+
+@dataclass
+class LinearUse(Use):
+    """``z = a W^T``: ``G_i = g_i^T a_i``."""
+
+    a: Tensor  # [B, T, D]
+    g: Tensor  # [B, T, p]
+    ghost = True
+
+    def instantiate(self) -> Tensor:
+        return torch.bmm(self.g.transpose(1, 2), self.a)  # [B, p, D]
+
+    def inner(self, other: Use) -> Tensor | None:
+        if isinstance(other, EmbeddingUse):
+            return other.inner(self)
+        if not isinstance(other, LinearUse):
+            return None
+        if self.a.shape[1] == 1 and other.a.shape[1] == 1:
+            return (self.a * other.a).sum((1, 2)) * (self.g * other.g).sum((1, 2))
+        gram_a = torch.bmm(self.a, other.a.transpose(1, 2))  # [B, T, T']
+        return (gram_a * torch.bmm(self.g, other.g.transpose(1, 2))).sum((1, 2))
+
+    def magnitude(self) -> Tensor:
+        if self.a.shape[1] == 1:  # one position: a product of two sums of squares, nothing cancels
+            return self.a.new_zeros(self.a.shape[0], 1)
+        return (self.a.norm(dim=2) * self.g.norm(dim=2)).sum(1, keepdim=True)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        return (self.g * w.view(-1, 1, 1)).flatten(0, 1).t() @ self.a.flatten(0, 1)  # [p, D]
+
+    def keep(self, finite: Tensor) -> Use:
+        return LinearUse(per_example(finite, self.a), per_example(finite, self.g))
+
+
+@dataclass
+class EmbeddingUse(Use):
+    """A table lookup: row ``v`` of ``G_i`` is the sum of ``g_t`` over the positions with ``id_t = v``."""
+
+    ids: Tensor  # [B, T], int64
+    g: Tensor  # [B, T, d]; zero where the id is the padding index
+    rows: int
+    ghost = True
+
+    def instantiate(self) -> Tensor:
+        out = self.g.new_zeros(self.g.shape[0], self.rows, self.g.shape[2])
+        return out.scatter_add_(1, self.ids.unsqueeze(-1).expand_as(self.g), self.g)
+
+    def inner(self, other: Use) -> Tensor | None:
+        if other is self:  # segment sums over equal ids: O(B T d), the table is never written
+            ids, order = self.ids.sort(1)
+            segment = F.pad((ids[:, 1:] != ids[:, :-1]).long(), (1, 0)).cumsum(1)
+            g = self.g.gather(1, order.unsqueeze(-1).expand_as(self.g))
+            return torch.zeros_like(g).scatter_add_(1, segment.unsqueeze(-1).expand_as(g), g).square().sum((1, 2))
+        if isinstance(other, EmbeddingUse):
+            same = self.ids.unsqueeze(2) == other.ids.unsqueeze(1)  # [B, T, T']
+            return torch.where(same, torch.bmm(self.g, other.g.transpose(1, 2)), 0).sum((1, 2))
+        if isinstance(other, LinearUse):  # tied embedding and output matrix: the linear map has p = rows, D = d
+            ids = self.ids.unsqueeze(1).expand(-1, other.g.shape[1], -1)
+            return (torch.bmm(other.a, self.g.transpose(1, 2)) * other.g.gather(2, ids)).sum((1, 2))
+        return None
+
+    def magnitude(self) -> Tensor:
+        return self.g.new_zeros(self.g.shape[0], 1)  # the norm is that of the gradient's own rows: nothing cancels
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        out = self.g.new_zeros(self.rows, self.g.shape[2])
+        return out.index_add_(0, self.ids.flatten(), (self.g * w.view(-1, 1, 1)).flatten(0, 1))
+
+    def keep(self, finite: Tensor) -> Use:
+        return replace(self, g=per_example(finite, self.g))
+
+
+@dataclass
+class ConvUse(Use):
+    """A convolution of any rank, written as the map from ``x`` to positions of ``g``; a transposed one has the roles swapped."""
+
+    x: Tensor  # [B, C, *S], not padded
+    g: Tensor  # [B, p, *T]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    pads: tuple[tuple[int, int], ...]  # before and after, per axis
+    mode: str = "constant"  # of torch.nn.functional.pad
+    ghost = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, ``[p, C / groups, *kernel]``."""
+        return (self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
+
+    def padded(self) -> Tensor:
+        """The input padded exactly as the layer does it, so that what follows is a convolution with padding 0 (G3)."""
+        if not any(map(any, self.pads)):
+            return self.x
+        return F.pad(self.x, [n for pair in reversed(self.pads) for n in pair], mode=self.mode)
+
+    def offsets(self) -> list[tuple[slice, ...]]:
+        """For each kernel tap, the slices of the padded input that it meets at the output positions."""
+        out = self.g.shape[2:]
+        taps = product(*(range(k) for k in self.kernel))
+        return [
+            tuple(slice(k * d, k * d + r * (t - 1) + 1, r) for k, d, r, t in zip(tap, self.dilation, self.stride, out, strict=True))
+            for tap in taps
+        ]
+
+    def native(self, x: Tensor, g: Tensor, padding: list[int]) -> Tensor:
+        """The framework's weight gradient, summed over the examples given."""
+        weight = x.new_empty(()).expand(self.shape)  # only its shape is read
+        zeros = [0] * len(self.kernel)
+        args = (weight, None, list(self.stride), padding, list(self.dilation), False, zeros, self.groups, [False, True, False])
+        return torch.ops.aten.convolution_backward(g, x, *args)[1]
+
+    def native_input(self) -> tuple[Tensor, list[int]]:
+        """Input and padding for ``native``: zero padding that is even on both sides needs no copy."""
+        if self.mode == "constant" and all(low == high for low, high in self.pads):
+            return self.x, [low for low, _ in self.pads]
+        return self.padded(), [0] * len(self.pads)
+
+    def instantiate(self) -> Tensor:
+        batch, work = self.x.shape[0], self.x[0].numel() * self.shape[0] // self.groups * len(self.offsets())
+        if self.x.device.type == "cpu" and work > 1_000_000:  # one kernel call per example is then as fast as one for all
+            x, padding = self.native_input()
+            return torch.stack([self.native(x[i : i + 1], self.g[i : i + 1], padding) for i in range(batch)])
+        k, padded = self.groups, self.padded()
+        g = self.g.reshape(batch * k, self.shape[0] // k, -1)  # [B k, p/k, T]
+        taps = []
+        for where in self.offsets():
+            x = padded[(slice(None), slice(None), *where)].reshape(batch * k, self.shape[1], -1)  # [B k, C/k, T]
+            taps.append(torch.bmm(g, x.transpose(1, 2)))
+        return torch.stack(taps, dim=-1).reshape(batch, *self.shape)
+
+    def inner(self, other: Use) -> Tensor | None:
+        if not isinstance(other, ConvUse) or self.shape != other.shape:
+            return None
+        k, b = self.groups, self.x.shape[0]
+        one_x = self.padded()
+        two_x = one_x if other is self else other.padded()
+        s, t, s2, t2 = one_x.shape[2:], self.g.shape[2:], two_x.shape[2:], other.g.shape[2:]
+        x, x2 = (u.reshape(b * k, u.shape[1] // k, -1) for u in (one_x, two_x))
+        g, g2 = (u.g.reshape(b * k, u.g.shape[1] // k, -1) for u in (self, other))
+        gram_x = torch.bmm(x.transpose(1, 2), x2).view(b * k, *s, *s2)  # Gram matrix of the input itself, not unfolded
+        gram_g = torch.bmm(g.transpose(1, 2), g2).view(b * k, *t, *t2)
+        total: Any = 0
+        for one, two in zip(self.offsets(), other.offsets(), strict=True):  # math.md section 2: shifted copies
+            total = total + gram_x[(slice(None), *one, *two)]
+        return (total * gram_g).view(b, -1).sum(1)
+
+    def magnitude(self) -> Tensor:
+        k, b = self.groups, self.x.shape[0]
+        x = self.padded()
+        energy = x.reshape(b, k, -1, *x.shape[2:]).square().sum(2)  # [B, k, *S]
+        patch = sum(energy[(slice(None), slice(None), *where)] for where in self.offsets())
+        cotangent = self.g.reshape(b, k, -1, *self.g.shape[2:]).norm(dim=2)
+        return (patch.sqrt() * cotangent).flatten(2).sum(2)  # type: ignore[union-attr]
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        x, padding = self.native_input()
+        return self.native(x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)), padding)
+
+    def keep(self, finite: Tensor) -> Use:
+        return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g))
+
+
+def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
+    """Squared norm of a parameter's per-sample gradient from all pairs of its uses.
+
+    Args:
+        uses: every use of the parameter.
+    Returns:
+        ``[B]``, or None where some pair has no ghost formula.
+    Guarantee: rounding cannot hide more than ``FLOAT_MARGIN`` of a norm. Terms of the double sum over positions may cancel, and
+        then the rounding of ``|a_t| |a_u| |g_t| |g_u|``, which ``magnitude`` sums, can exceed the result. Where that threatens, the
+        possible error is added, so that the norm is over-estimated and the example is clipped more.
+    Source: math.md section 2; pitfalls.md G1 and G11; Higham and Mary 2019 for the size of rounding errors in long sums.
+    """
+    total: Any = 0
+    for i, one in enumerate(uses):
+        for j in range(i + 1):
+            value = one.inner(uses[j])
+            if value is None:
+                return None
+            total = total + (value if i == j else 2 * value)
+    total = total.clamp(min=0)
+    reach = sum(use.magnitude() for use in uses)
+    doubt = 2 * torch.finfo(total.dtype).eps * reach.square().sum(1)  # type: ignore[union-attr]
+    return torch.where(doubt > 2 * FLOAT_MARGIN * total, total + doubt, total)
