@@ -26,9 +26,13 @@ from accounting.discretise import GridLoss
 Array = NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)
-# Tilted mass outside the window is at most e^-_WINDOW on each side.
+# Tilted mass below the window is at most e^-_WINDOW; above it the tilt itself suppresses what is left out.
 _WINDOW = 27.0
+_WINDOW_TILTED = 14.0
+# Terms this far (in units of 1 / tilt) above epsilon are bounded by their largest weight instead of summed.
+_NEGLIGIBLE = 45.0
 _MAX_CELLS = 1 << 21
+_COMFORTABLE = 1 << 19
 _BINS = 4096
 
 
@@ -88,6 +92,7 @@ class Window:
 
     tilt: float
     up: float
+    level: float
     down: float
 
 
@@ -97,25 +102,51 @@ def _chernoff_step(log_mgf: Callable[[float], float], slope: Callable[[float], f
 
 
 def choose_window(
-    parts: Sequence[tuple[GridLoss, int]],
-    interval: float,
-    *,
-    log_delta: float | None = None,
-    epsilon: float | None = None,
+    parts: Sequence[tuple[GridLoss, int]], interval: float, *, log_delta: float, epsilon: float | None = None
 ) -> Window:
-    """Returns the saddle point for a delta (given as its log) or for an epsilon, and the tilts that bound both tails."""
+    """Returns a tilt and the tilts that bound both tails, chosen so that the window is small.
+
+    Args:
+      parts: (loss of one release, count).
+      interval: grid spacing (nats).
+      log_delta: log of the delta asked for, or of a low guess of it.
+      epsilon: if given, the epsilon (nats) to evaluate delta at.
+    """
     steer = _Cumulants(parts, interval, bins=_BINS)
     cap = 60.0 / interval
-    if log_delta is not None:
-        tilt = _chernoff_step(steer.value, steer.slope, -log_delta, cap)
+    if epsilon is None:
+        saddle = _chernoff_step(steer.value, steer.slope, -log_delta, cap)
+    elif steer.slope(0.0) >= epsilon:
+        saddle = 0.0
     else:
-        assert epsilon is not None
-        target = epsilon
-        tilt = 0.0 if steer.slope(0.0) >= target else _bisect_log(lambda t: steer.slope(t) - target, cap * 1e-14, cap, 1e-2)
-    base = steer.value(tilt)
-    up = _chernoff_step(lambda t: steer.value(tilt + t) - base, lambda t: steer.slope(tilt + t), _WINDOW, cap)
+        saddle = _bisect_log(lambda t: steer.slope(t) - epsilon, cap * 1e-14, cap, 1e-2)
+    best: tuple[float, Window] | None = None
+    # At tiny sample rates the loss has a tail so heavy that the saddle point sits far out in it, where the tilted
+    # distribution is as wide as the tail. A smaller tilt costs accuracy of the FFT (which is counted) and fits.
+    for tilt in (saddle, saddle / 8, 0.0):
+        window, width = _window(steer, tilt, cap, None if tilt == saddle and saddle > 0 else -log_delta)
+        if best is None or width < best[0]:
+            best = width, window
+        if width < _COMFORTABLE * interval:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _window(steer: _Cumulants, tilt: float, cap: float, log_size: float | None) -> tuple[Window, float]:
+    """Returns a window for this tilt and its width (nats); `log_size` is -log delta away from the saddle point."""
+    base, mean = steer.value(tilt), steer.slope(tilt)
+    levels = (_WINDOW_TILTED, _WINDOW) if log_size is None else (max(_WINDOW_TILTED, base + log_size + 12.0),)
+    up = high = 0.0
+    level = levels[0]
+    for level in levels:
+        up = _chernoff_step(lambda t: steer.value(tilt + t) - base, lambda t: steer.slope(tilt + t), level, cap)  # noqa: B023
+        high = (steer.value(tilt + up) - base + level) / up
+        if tilt * (high - mean) + level > _WINDOW:
+            break
     down = _chernoff_step(lambda t: steer.value(tilt - t) - base, lambda t: -steer.slope(tilt - t), _WINDOW, cap)
-    return Window(tilt, up, down)
+    low = -(steer.value(tilt - down) - base + _WINDOW) / down
+    return Window(tilt, up, level, down), high - low
 
 
 class Composition:
@@ -137,7 +168,7 @@ class Composition:
         self.log_infinite = _log_any(parts)
         exact = _Cumulants(parts, interval)
         self.log_mgf = exact.value(self.tilt)
-        high = (exact.value(self.tilt + window.up) - self.log_mgf + _WINDOW) / window.up
+        high = (exact.value(self.tilt + window.up) - self.log_mgf + window.level) / window.up
         low = -(exact.value(self.tilt - window.down) - self.log_mgf + _WINDOW) / window.down
         most = sum(count * (part.first + len(part.mass) - 1) for part, count in parts)
         least = sum(count * part.first for part, count in parts)
@@ -148,7 +179,7 @@ class Composition:
         if cells > _MAX_CELLS:
             raise DoesNotFit(f"{cells} cells")
         # What the window does not hold: above it, nothing if it reaches the largest possible loss.
-        self.above = 0.0 if self.last >= most else math.exp(-_WINDOW)
+        self.above = 0.0 if self.last >= most else math.exp(-window.level)
         self.outside = self.above + (0.0 if self.first <= least else math.exp(-_WINDOW))
         self.mass, self.rounding = self._convolve(parts, max(cells, 16))
 
@@ -195,12 +226,16 @@ class Composition:
         """
         begin = max(0, math.floor((epsilon - self.shift) / self.interval) + 1 - self.first)
         # Window points beyond `last` exist only to round n up; above it they hold aliased mass.
-        masses = self.mass[begin : self.last - self.first + 1]
+        end = self.last - self.first + 1
+        near = min(end, begin + 2 + math.ceil(min(_NEGLIGIBLE / (self.tilt * self.interval + 1e-300), end)))
+        masses, far = self.mass[begin:near], self.mass[near:end]
         start = self.first + begin
         drift = 1e-9 + self.releases * 32 * _EPS
         with np.errstate(under="ignore", over="ignore"):
             if upper:
                 total = self._sum(epsilon, np.maximum(masses, 0.0) + self.rounding, start) if len(masses) else 0.0
+                if len(far):
+                    total += math.exp(-_NEGLIGIBLE) * float(np.maximum(far, 0.0).sum() + len(far) * self.rounding)
                 # Mass above the window, at losses >= last + 1: P(L >= b) <= e^(K - tilt b) times its tilted mass.
                 total += self.above * math.exp(-self.tilt * max(0.0, self._loss(self.last) - epsilon))
                 finite = self.log_mgf - self.tilt * epsilon + (math.log(total) if total > 0 else -math.inf) + drift
@@ -213,18 +248,31 @@ class Composition:
     def epsilon(self, log_delta: float, *, upper: bool) -> float:
         """Returns a bound on the epsilon >= 0 at which delta is e^log_delta (infinite if no finite one is certified)."""
         low, high = max(0.0, self._loss(self.first)), max(0.0, self._loss(self.last + 1))
-        if self.log_delta(low, upper=upper) <= log_delta:
-            # Upper: valid as it stands. Lower: the crossing is below the window, so only 0 is certain.
-            return low if upper else 0.0
+        if not upper:
+            # Far below the tilted mean the subtracted errors win; start from the last point that still certifies.
+            grid = np.linspace(low, high, 65)
+            above = [x for x in grid if self.log_delta(float(x), upper=False) > log_delta]
+            if not above:
+                return 0.0
+            low = float(above[-1])
+        elif self.log_delta(low, upper=True) <= log_delta:
+            return low  # not the smallest one, perhaps, but valid as it stands
         if self.log_delta(high, upper=upper) > log_delta:
             return math.inf if upper else high
-        while high - low > 1e-7 * high + 1e-15:
-            middle = 0.5 * (low + high)
-            if self.log_delta(middle, upper=upper) <= log_delta:
-                high = middle
-            else:
-                low = middle
-        return high if upper else low
+        from scipy.optimize import brentq
+
+        def excess(epsilon: float) -> float:
+            return max(self.log_delta(epsilon, upper=upper) - log_delta, -1e3)
+
+        tolerance = 1e-8 * high + 1e-300
+        root = float(brentq(excess, low, high, xtol=tolerance, rtol=1e-9))
+        # The root may lie on either side of the truth by the tolerance; step to the safe one until it is confirmed.
+        step = tolerance + 2e-9 * root
+        while (excess(root) > 0) if upper else (excess(root) < 0):
+            root, step = (root + step, 2 * step) if upper else (max(root - step, low), 2 * step)
+            if root <= low or root >= high:
+                return high if upper else low
+        return root
 
 
 def _log_any(parts: Sequence[tuple[GridLoss, int]]) -> float:

@@ -123,10 +123,14 @@ def load(
         problems.append("path= and download=True exclude each other: downloads go to the cache, so remove one of them.")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, np.integer)) or limit < 1):
         problems.append(f"limit={limit!r} is not a whole number of at least 1: give one, or None for all examples.")
-    if path is not None and not isinstance(path, (str, os.PathLike)):
-        problems.append(f"path={path!r} is a {type(path).__name__}: give a string or a pathlib.Path.")
-    if source is not None and not isinstance(source, str):
-        problems.append(f'source={source!r} is a {type(source).__name__}: give "package.module:function".')
+    values: dict[str, Any] = {"path": path, "source": source}
+    for option, kinds, want in (
+        ("path", (str, os.PathLike), "a string or a pathlib.Path"),
+        ("source", (str,), '"package.module:function"'),
+    ):
+        value = values[option]
+        if value is not None and not isinstance(value, kinds):
+            problems.append(f"{option}={value!r} is a {type(value).__name__}: give {want}.")
     _raise(name, problems)
 
     raw = row.read(Request(None if path is None else Path(os.path.expanduser(path)), download, source))
@@ -194,8 +198,8 @@ def from_arrays(
             problems.append("y_train holds only the label 0, so there is nothing to tell apart: give num_classes=.")
         elif classes > max(1000, num_examples):
             problems.append(
-                f"y_train and y_test hold labels up to {classes - 1}, more than there are examples: give num_classes= if "
-                "they are labels, or for regression give floats of shape [N, 1]."
+                f"y_train and y_test hold labels up to {classes - 1}, more than there are examples: give "
+                "num_classes= if they are labels, or for regression give floats of shape [N, 1]."
             )
     _raise(name, problems)
 
@@ -245,14 +249,12 @@ def _validate(dataset: Dataset, label: str) -> None:
         for key, array in arrays.items():
             allowed = ("float32", "int64") if key[0] == "x" else ("int64",) if is_classes else ("float32",)
             if array.dtype not in [np.dtype(dtype) for dtype in allowed]:
-                problems.append(
-                    f"{key} has dtype {array.dtype}, not {' or '.join(allowed)}: use from_arrays to convert it."
-                )
+                problems.append(f"{key} has dtype {array.dtype}, not {' or '.join(allowed)}: use from_arrays to convert it.")
         problems += _problems(arrays, dataset.num_classes, is_classes)
     _raise(label, problems)
 
 
-# ---- the two ways in -------------------------------------------------------------------------------------------------
+# ---- the two ways in -----------------------------------------------------------------------------------------------
 
 
 def _standardise(name: str, raw: Images, num_classes: int | None, limit: int | None) -> Dataset:
@@ -298,17 +300,15 @@ def _from_user(name: str, label: str, raw: Any, num_classes: int | None) -> Data
     if not isinstance(raw, (Dataset, Mapping)):
         size = f" of length {len(raw)}" if isinstance(raw, (tuple, list)) else ""
         raise DataError(
-            f"data set {label!r}: got a {type(raw).__name__}{size}: give a Dataset, a dict with keys {', '.join(_KEYS)}, "
-            "or a tuple of those four."
+            f"data set {label!r}: got a {type(raw).__name__}{size}: give a Dataset, a dict with keys "
+            f"{', '.join(_KEYS)}, or a tuple of those four."
         )
     stated = raw.num_classes if isinstance(raw, Dataset) else raw.get("num_classes")
     if isinstance(stated, np.ndarray) and stated.ndim == 0:
         stated = stated.item()  # .npz files hold nothing but arrays
     problems = []
     if stated is not None and num_classes is not None and not np.array_equal(stated, num_classes):
-        problems.append(
-            f"num_classes={num_classes!r} was asked for, but the data states {stated!r}: remove one of them."
-        )
+        problems.append(f"num_classes={num_classes!r} was asked for, but the data states {stated!r}: remove one of them.")
     if isinstance(raw, Dataset):
         _raise(label, problems)
         _validate(raw, label)
@@ -322,9 +322,7 @@ def _from_user(name: str, label: str, raw: Any, num_classes: int | None) -> Data
     problems += [f"{key} is missing: add it." for key in ("x_train", "y_train") if raw.get(key) is None]
     # A misspelt x_test would silently leave the test set empty.
     problems += [
-        f"{key!r} is not a known key: use only {', '.join(_KEYS)} and num_classes."
-        for key in raw
-        if key not in (*_KEYS, "num_classes")
+        f"{key!r} is not a known key: use only {', '.join(_KEYS)} and num_classes." for key in raw if key not in (*_KEYS, "num_classes")
     ]
     _raise(label, problems)
     classes = stated if num_classes is None else num_classes
@@ -340,7 +338,7 @@ def _limited(dataset: Dataset, limit: int | None) -> Dataset:
     return replace(dataset, **kept, public_constants={**dataset.public_constants, **sizes})
 
 
-# ---- checks: each returns sentences that say what, where, and what to do ---------------------------------------------
+# ---- checks: each returns sentences that say what, where, and what to do -------------------------------------------
 
 
 def _raise(name: str, problems: list[str]) -> None:
@@ -421,8 +419,7 @@ def _problems(arrays: Mapping[str, Array], num_classes: Any, is_classes: bool) -
             continue
         if train.shape[1:] != test.shape[1:]:
             problems.append(
-                f"{axis}_train has {word} of shape {train.shape[1:]} but {axis}_test of shape {test.shape[1:]}: "
-                "give both the same shape."
+                f"{axis}_train has {word} of shape {train.shape[1:]} but {axis}_test of shape {test.shape[1:]}: give both the same shape."
             )
         elif axis == "x" and numeric["x_train"] and numeric["x_test"] and _treatment(train) != _treatment(test):
             problems.append(

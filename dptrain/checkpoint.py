@@ -1,0 +1,130 @@
+"""Run directories and checkpoints: safetensors and JSON only, replaced atomically, never a pickle.
+
+A run directory holds ``config.yaml``, ``run.json`` (backend, config hash, calibrated noise), ``ledger.jsonl``, ``metrics.jsonl``,
+``checkpoint.safetensors`` (weights, optimizer and step in ONE file, so that they cannot disagree after a kill),
+``weights.safetensors`` and ``privacy.json``. Random keys are never among them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dptrain.errors import RunError
+
+FORMAT = "1"
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader sees the old or the new content, never a part.
+
+    Args:
+        path: the file.
+        data: its new content.
+    Raises:
+        RunError: the directory cannot be written or the disk is full; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written ({error.strerror or error}); free some space or choose another --out directory.") from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON atomically."""
+    atomic_write(path, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        RunError: missing or malformed.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as JSON ({error}); restore it or start in another --out directory.") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} does not hold a JSON object; restore it or start in another --out directory.")
+    return value
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write named arrays as safetensors, atomically."""
+    from safetensors.numpy import save
+
+    plain = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    atomic_write(path, save(plain, metadata=dict(metadata)))
+
+
+def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read named arrays and their metadata.
+
+    Raises:
+        RunError: missing, truncated, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path} is not a readable safetensors file ({error}); restore it or start in another --out directory.") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State from which training continues.
+
+    Args:
+        step: steps applied to the weights.
+        weights: in the exchange layout.
+        optimizer: state of the optimizer.
+    """
+
+    step: int
+    weights: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+
+    def save(self, path: Path, run: Mapping[str, str]) -> None:
+        """Write to one file, atomically."""
+        arrays = {f"weights/{k}": v for k, v in self.weights.items()} | {f"optimizer/{k}": v for k, v in self.optimizer.items()}
+        save_arrays(path, arrays, {"format": FORMAT, "step": str(self.step), **run})
+
+    @classmethod
+    def load(cls, path: Path, run: Mapping[str, str]) -> Checkpoint:
+        """Read a checkpoint of the same run.
+
+        Raises:
+            RunError: unreadable, of another format, or of another run.
+        """
+        arrays, metadata = load_arrays(path)
+        if metadata.get("format") != FORMAT or not metadata.get("step", "").isdigit():
+            raise RunError(f"{path} is not a dptrain checkpoint of format {FORMAT}; start in another --out directory.")
+        if any(metadata.get(key) != value for key, value in run.items()):
+            raise RunError(f"{path} belongs to another run; start in another --out directory.")
+        parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "optimizer": {}}
+        for name, value in arrays.items():
+            part, _, rest = name.partition("/")
+            if part not in parts:
+                raise RunError(f"{path} holds an unknown entry {name!r}; restore it or start in another --out directory.")
+            parts[part][rest] = value
+        return cls(int(metadata["step"]), parts["weights"], parts["optimizer"])

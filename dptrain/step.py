@@ -1,0 +1,113 @@
+"""The one training step. This order IS the privacy argument; it is written here and nowhere else.
+
+    1. draw the logical batch      each example independently with probability q, key unknown to anyone
+    2. record the event            on disk before anything is released, so a crash can over-count, never under-count
+    3. sum                         physical batches of fixed shape; every example's weighted gradient is within the plan's bound
+    4. reduce over workers         the identity on one process
+    5. add noise                   once per logical batch, to every trainable parameter, used or not
+    6. apply                       times the constant 1 / (q N); from here on everything is post-processing
+    7. project                     restore the constraints that a proven bound rests on
+
+What is in the batch never decides whether a step happens: an empty batch releases noise and is recorded; a non-finite example has
+weight 0; nothing raises on data. A step that is interrupted between 2 and 5 has released nothing; its partial sum is a local
+variable and dies with it, while its event stays recorded (pitfalls.md G17, G22, G29).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accounting import PrivacyLedger, SampledGaussian
+from dptrain.backend import Backend
+from dptrain.plan import Plan
+from dptrain.randomness import RandomKey, StepNoise
+from dptrain.sampling import PoissonSampler, physical_batches
+
+
+@dataclass(frozen=True)
+class Release:
+    """What makes a step private; absent in non-private training.
+
+    Args:
+        stds: noise standard deviation per group.
+        event: what is recorded per step, made from these very standard deviations.
+        noise_key: key of the noise stream.
+        ledger: where the event is recorded.
+        recorded: steps below this index are in the ledger already; only replayed steps of a run with ``unsafe_seed`` are, and
+            those release the same bits again.
+    """
+
+    stds: Mapping[str, float]
+    event: SampledGaussian
+    noise_key: RandomKey
+    ledger: PrivacyLedger
+    recorded: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One step of training, as a callable.
+
+    Args:
+        backend, model, loss, optimizer: the executor and what it works on.
+        plan: certificate of sensitivity.
+        sampler: draws logical batches.
+        x, y: the training data ``[N, ...]``.
+        physical_batch_size: B.
+        learning_rate: step index -> learning rate.
+        seed: public seed, for dropout.
+        release: noise and record; None only for a plan that claims no bound.
+        two_pass: see ``performance.gradients``.
+    """
+
+    backend: Backend
+    model: Any
+    loss: Any
+    optimizer: Any
+    plan: Plan
+    sampler: PoissonSampler
+    x: np.ndarray
+    y: np.ndarray
+    physical_batch_size: int
+    learning_rate: Callable[[int], float]
+    seed: int
+    release: Release | None
+    two_pass: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.release is None) == self.plan.private:
+            raise TypeError("a plan with finite bounds is trained with a release, and only such a plan")
+        object.__setattr__(self, "_sum", self.backend.compile(self._bounded_sum))
+
+    def _bounded_sum(self, batch: Any) -> Any:
+        return self.backend.bounded_sum(self.model, self.loss, batch, self.plan, self.two_pass)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Run one step.
+
+        Args:
+            step: its index; each index is used once for sampling and noise.
+        Returns:
+            Sums for the progress display. NOT private.
+        Guarantee: the step is one Poisson-sampled Gaussian mechanism with the recorded event, under the plan's certificate.
+        Source: math.md sections 1 and 6; Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1.
+        """
+        backend = self.backend
+        indices = self.sampler.sample(step)
+        if self.release is not None and step >= self.release.recorded:
+            self.release.ledger.record(self.release.event)
+        backend.seed_dropout(self.model, self.seed, step)
+        total = backend.zeros(self.model)
+        for part, mask in physical_batches(indices, self.physical_batch_size):
+            total = backend.add(total, self._sum(backend.batch(self.x[part], self.y[part], mask)))  # type: ignore[attr-defined]
+        total = backend.reduce(total)
+        if self.release is not None:
+            total = backend.privatize(total, self.plan, self.release.stds, StepNoise(self.release.noise_key, step))
+        scale = 1.0 / (self.sampler.sample_rate * self.sampler.num_examples)
+        backend.apply(self.model, self.optimizer, total, scale, self.learning_rate(step))
+        backend.project(self.model, self.plan)
+        return backend.stats(total)

@@ -1,0 +1,409 @@
+"""From a config to a trained model: data, plan, calibration, loop, ledger, checkpoints, privacy statement."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from accounting import AccountingError, calibrate_noise_multiplier, get_accountant
+from dptrain.backend import Backend, get_backend
+from dptrain.checkpoint import Checkpoint, atomic_write, save_arrays, write_json
+from dptrain.config import TrainConfig
+from dptrain.data import Dataset, load
+from dptrain.errors import ConfigError, DataError
+from dptrain.layer_specs import AnyLayer, Embedding
+from dptrain.losses import LOSSES
+from dptrain.mechanism import GaussianMechanism, noise_multiplier_for, release_event
+from dptrain.plan import Plan
+from dptrain.randomness import NOISE, SAMPLING, RandomKey
+from dptrain.report import privacy_statement
+from dptrain.rundir import RunDirectory
+from dptrain.sampling import PoissonSampler
+from dptrain.step import Release, TrainingStep
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress display is told after each step.
+
+    Args:
+        step, num_steps: steps done and planned.
+        loss: mean loss of the logical batch; NOT private.
+        epsilon: spent so far, None in non-private training or where it was not computed for this step.
+        examples_per_second: processed examples per second since the last report.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    epsilon: float | None
+    examples_per_second: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a run.
+
+    Args:
+        model: the native model.
+        plan: the plan it was trained with.
+        privacy: the privacy statement, as in ``privacy.json``; ``privacy["epsilon"]`` is None for non-private runs.
+        metrics: on the test split, ``accuracy`` and ``loss``; about the test data NOT private.
+        steps: steps applied to the weights.
+        complete: False if the run was interrupted and can be resumed.
+        seconds: time spent in steps, this session.
+        out: the run directory, None if nothing was written.
+    """
+
+    model: Any = field(repr=False)
+    plan: Plan = field(repr=False)
+    privacy: dict[str, Any] = field(repr=False)
+    metrics: dict[str, float]
+    steps: int
+    complete: bool
+    seconds: float
+    out: Path | None
+
+    @property
+    def epsilon(self) -> float | None:
+        """Epsilon of all releases in the ledger."""
+        value = self.privacy["epsilon"]
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run is made of before its first step: built by ``prepare``, without spending anything."""
+
+    config: TrainConfig
+    backend: Backend
+    data: Dataset
+    model: Any
+    loss: Any
+    plan: Plan
+    sample_rate: float
+    num_steps: int
+
+
+def num_outputs(config: TrainConfig, data: Dataset) -> int:
+    """Width of the model's last layer, from public facts.
+
+    Raises:
+        DataError: the targets do not fit the loss.
+    """
+    info = LOSSES[config.loss]
+    if info.targets == "values":
+        if data.num_classes is not None:
+            raise DataError(f"loss {config.loss} needs float targets, and data {data.name!r} has class labels; use cross_entropy.")
+        return int(np.prod(data.y_train.shape[1:], dtype=int)) if data.y_train.ndim > 1 else 1
+    if data.num_classes is None:
+        raise DataError(f"loss {config.loss} needs class labels, and data {data.name!r} has float targets; use mean_squared_error.")
+    if config.loss == "binary_cross_entropy":
+        if data.num_classes != 2:
+            raise DataError(f"loss binary_cross_entropy needs 2 classes, and data {data.name!r} has {data.num_classes}; use cross_entropy.")
+        return 1
+    return data.num_classes
+
+
+def check_tokens(layers: tuple[AnyLayer, ...], data: Dataset) -> None:
+    """Refuse integer inputs that the model's embedding has no row for, before training (pitfalls.md G29)."""
+    tables = [layer.vocabulary for layer in layers if isinstance(layer, Embedding)]
+    integers = np.issubdtype(data.x_train.dtype, np.integer)
+    if integers != bool(tables):
+        kind = "token ids" if integers else "real numbers"
+        raise DataError(f"data {data.name!r} holds {kind}, and the model starts {'with' if tables else 'without'} an embedding; choose a model that fits.")
+    for split, x in (("training", data.x_train), ("test", data.x_test)):
+        if tables and x.size and (x.min() < 0 or x.max() >= tables[0]):
+            raise DataError(f"the {split} split of data {data.name!r} has token ids outside 0..{tables[0] - 1}; raise model.vocabulary.")
+
+
+def probe(data: Dataset, count: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Synthetic examples with the data's shapes, for planning and the self-check; no real example is touched.
+
+    Args:
+        data: shapes and types.
+        count: examples.
+    Returns:
+        Inputs and targets.
+    """
+    rng = np.random.default_rng(0)
+    shape = (count, *data.input_shape)
+    if np.issubdtype(data.x_train.dtype, np.integer):
+        x = rng.integers(0, 2, shape).astype(data.x_train.dtype)
+    else:
+        x = rng.standard_normal(shape).astype(data.x_train.dtype)
+    if data.num_classes is not None:
+        return x, (np.arange(count) % data.num_classes).astype(data.y_train.dtype)
+    return x, rng.standard_normal((count, *data.y_train.shape[1:])).astype(data.y_train.dtype)
+
+
+def prepare(config: TrainConfig, backend: str = "torch", data: Dataset | None = None) -> Setup:
+    """Data, model, self-check and plan of a run; raises whatever is wrong with them before anything is spent.
+
+    Args:
+        config: the run.
+        backend: ``torch`` or ``tensorflow``.
+        data: a data set in place of the config's.
+    Returns:
+        The parts.
+    Raises:
+        DptrainError: bad data, model or settings.
+    """
+    if data is None:
+        c = config.data
+        data = load(c.name, path=c.path, download=c.download, source=c.source, num_classes=c.num_classes, limit=c.limit)
+    count = len(data.x_train)
+    rate, steps = config.sampling.rate(count), config.sampling.num_steps(count)
+    outputs = num_outputs(config, data)
+    check_tokens(config.model.expand(data.input_shape), data)
+    executor = get_backend(backend, config.performance)
+    model = executor.build_model(config, data.input_shape, outputs)
+    loss = executor.build_loss(config.loss)
+    x, y = probe(data)
+    info = executor.describe(model, x)
+    timings = None
+    if config.performance.decision == "measured" and config.strategy.name == "mixed_ghost":
+        batch = config.performance.physical_batch_size
+        timings = executor.time_norms(model, loss, *probe(data, batch))
+    plan = config.strategy.plan(info, decision=config.performance.decision, timings=timings)
+    if plan.needs_norms:
+        executor.self_check(model, loss, x, y, plan)
+    return Setup(config, executor, data, model, loss, plan, rate, steps)
+
+
+def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int) -> float:
+    """The given noise multiplier, or the one calibrated to the target, before rounding is paid for.
+
+    Raises:
+        AccountingError: the budget cannot be reached.
+    """
+    privacy = config.privacy
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    assert privacy.target_epsilon is not None
+    claimed = calibrate_noise_multiplier(
+        privacy.target_epsilon, privacy.target_delta, sample_rate, num_steps, accountant=privacy.accountant, relation=privacy.relation
+    )
+    return noise_multiplier_for(claimed)
+
+
+def train(
+    config: TrainConfig,
+    backend: str = "torch",
+    *,
+    out: str | Path | None = None,
+    data: Dataset | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    on_start: Callable[[Setup, Mapping[str, float] | None, int], None] | None = None,
+) -> TrainResult:
+    """Train a model with differential privacy.
+
+    Args:
+        config: the run; the same config runs in both frameworks.
+        backend: ``torch`` or ``tensorflow``.
+        out: run directory; resumed if it holds an unfinished run of the same config, backend and data. None writes nothing.
+        data: a data set in place of the config's.
+        progress: called after each step.
+        on_start: called once with the parts, the noise standard deviations and the first step.
+    Returns:
+        The outcome, with the privacy statement.
+    Raises:
+        DptrainError: bad data, model, settings or directory; before the first step.
+        AccountingError: the budget cannot be reached.
+    Guarantee: the trained weights, and every checkpoint, are post-processing of the releases in the ledger, from which alone the
+        stated epsilon is computed.
+    """
+    setup = prepare(config, backend, data)
+    facts = {"num_examples": len(setup.data.x_train), "num_steps": setup.num_steps, "sample_rate": setup.sample_rate}
+    with RunDirectory(out, config, backend, facts) as run, interruptible() as stop:
+        return Loop(setup, run, stop).run(progress, on_start)
+
+
+class Loop:
+    """The loop of one run, from a fresh start or from a checkpoint."""
+
+    def __init__(self, setup: Setup, run: RunDirectory, stop: threading.Event) -> None:
+        self.setup, self.run_dir, self.stop = setup, run, stop
+        self.config, self.backend, self.ledger = setup.config, setup.backend, run.ledger
+        self.stds: dict[str, float] | None = None
+        self.optimizer = self.backend.build_optimizer(self.config.optimizer, setup.model)
+        self.start = self._restore()
+        seed = self.config.privacy.unsafe_seed
+        sampler = PoissonSampler(len(setup.data.x_train), setup.sample_rate, RandomKey.make(SAMPLING, seed))
+        release = self._release(seed) if setup.plan.private else None
+        self.step = TrainingStep(
+            self.backend, setup.model, setup.loss, self.optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train,
+            self.config.performance.physical_batch_size, lambda t: self.config.optimizer.rate_at(t, setup.num_steps),
+            self.config.seed, release, self.config.performance.gradients == "two_pass",
+        )  # fmt: skip
+
+    def _restore(self) -> int:
+        checkpoint = self.run_dir.load_checkpoint()
+        if checkpoint is None:
+            return 0
+        self.backend.set_weights(self.setup.model, checkpoint.weights)
+        self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
+        return checkpoint.step
+
+    def _release(self, seed: int | None) -> Release:
+        """Noise and event of every step of this run, within the budget that the ledger leaves."""
+        config, setup, privacy = self.config, self.setup, self.config.privacy
+        sigma = self.run_dir.record.get("noise_multiplier")
+        if not isinstance(sigma, float):
+            sigma = noise_multiplier(config, setup.sample_rate, setup.num_steps)
+            self.run_dir.remember(noise_multiplier=sigma)
+        self.stds = GaussianMechanism(sigma, privacy.allocation).stds(setup.plan, privacy.relation)
+        event = release_event(setup.plan, self.stds, setup.sample_rate, privacy.relation)
+        if privacy.target_epsilon is not None:
+            accountant = get_accountant(privacy.accountant, privacy.relation)
+            remaining = max(0, setup.num_steps - self.ledger.num_releases)
+            planned = accountant.epsilon([*self.ledger.events, (event, remaining)], privacy.target_delta)
+            if planned > privacy.target_epsilon:
+                raise AccountingError(
+                    f"The planned releases would spend epsilon {planned:.6g}, above target_epsilon {privacy.target_epsilon:.6g}; "
+                    "lower the steps or raise the target."
+                )
+        # With an unsafe_seed the steps between checkpoint and ledger release the same bits again, so they are not counted twice.
+        recorded = self.ledger.num_releases if seed is not None else 0
+        return Release(self.stds, event, RandomKey.make(NOISE, seed), self.ledger, recorded)
+
+    def steps(self) -> range:
+        """The steps to run: what the ledger leaves of the plan; a killed run that lost weights does not get its releases back."""
+        if self.setup.plan.private and self.config.privacy.unsafe_seed is None:
+            remaining = max(0, self.setup.num_steps - self.ledger.num_releases)
+            return range(self.start, min(self.setup.num_steps, self.start + remaining))
+        return range(self.start, self.setup.num_steps)
+
+    def run(self, progress: Callable[[Progress], None] | None, on_start: Callable[..., None] | None) -> TrainResult:
+        """Run the remaining steps."""
+        setup, performance = self.setup, self.config.performance
+        steps, done, seconds = self.steps(), self.start, 0.0
+        if on_start:
+            on_start(setup, self.stds, self.start)
+        meter = EpsilonMeter(self.config, self.ledger)
+        for t in steps:
+            begin = time.perf_counter()
+            stats = self.step(t)
+            self.backend.synchronize()
+            took = time.perf_counter() - begin
+            seconds, done = seconds + took, t + 1
+            count = stats["count"]
+            loss = stats["loss"] / count if count else float("nan")
+            epsilon = meter(last=done == steps.stop) if setup.plan.private and progress else None
+            self.run_dir.log(step=done, train_loss=loss if count else None, private=False, epsilon=epsilon, seconds=round(took, 6))
+            if progress:
+                progress(Progress(done, setup.num_steps, loss, epsilon, count / took))
+            if done % performance.checkpoint_every == 0 or self.stop.is_set():
+                self.save(done)
+            if performance.evaluate_every and done % performance.evaluate_every == 0:
+                self.run_dir.log(step=done, private=False, **{f"test_{k}": v for k, v in self.evaluate().items()})
+            if self.stop.is_set():
+                break
+        complete = done == steps.stop or not steps
+        self.save(done)
+        return self.finish(done, complete, seconds)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        if self.run_dir.path is not None:
+            model, optimizer = self.setup.model, self.optimizer
+            self.run_dir.save_checkpoint(Checkpoint(step, self.backend.get_weights(model), self.backend.get_optimizer_state(optimizer)))
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the test split; empty without one."""
+        data = self.setup.data
+        return self.backend.evaluate(self.setup.model, self.setup.loss, data.x_test, data.y_test) if len(data.x_test) else {}
+
+    def finish(self, step: int, complete: bool, seconds: float) -> TrainResult:
+        """Evaluate, write weights and privacy statement."""
+        setup, out = self.setup, self.run_dir.path
+        metrics = self.evaluate()
+        statement = privacy_statement(
+            self.config, self.ledger.events, setup.plan, self.stds, setup.data, complete, {**self.backend.versions()}, self.run_dir.identity
+        )
+        if out is not None:
+            self.run_dir.log(step=step, private=False, final=complete, **{f"test_{k}": v for k, v in metrics.items()})
+            weights = self.backend.get_weights(setup.model)
+            save_arrays(out / "weights.safetensors", weights, {"format": "dptrain", **self.run_dir.identity})
+            write_json(out / "privacy.json", statement)
+            atomic_write(out / "plan.txt", (str(setup.plan) + "\n").encode())
+        return TrainResult(setup.model, setup.plan, statement, metrics, step, complete, seconds, out)
+
+
+class EpsilonMeter:
+    """Epsilon spent so far, at a cost of a few percent of the run: computed only when it is due.
+
+    Args:
+        config: names accountant, relation and delta.
+        ledger: what was spent.
+    """
+
+    def __init__(self, config: TrainConfig, ledger: Any) -> None:
+        self.privacy, self.ledger = config.privacy, ledger
+        self.accountant = get_accountant(self.privacy.accountant, self.privacy.relation)
+        self.due = 0.0
+
+    def __call__(self, last: bool = False) -> float | None:
+        """Epsilon of the ledger as it stands, or None while another evaluation is not due."""
+        begin = time.perf_counter()
+        if begin < self.due and not last:
+            return None
+        value = self.accountant.epsilon(self.ledger.events, self.privacy.target_delta)
+        took = time.perf_counter() - begin
+        self.due = begin + took + 20 * took
+        return value
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def plan(config: TrainConfig, backend: str = "torch", *, data: Dataset | None = None) -> Plan:
+    """The plan of a run, without training: print it.
+
+    Args:
+        config: the run.
+        backend: ``torch`` or ``tensorflow``.
+        data: a data set in place of the config's.
+    Returns:
+        The plan.
+    """
+    return prepare(config, backend, data).plan
+
+
+def warn_about_delta(config: TrainConfig, num_examples: int) -> None:
+    """Warn where delta is so large that releasing one example in full would be within the promise."""
+    if config.strategy.name != "non_private" and config.privacy.target_delta >= 1 / num_examples:
+        warnings.warn(
+            f"target_delta {config.privacy.target_delta:g} is not below 1/N = {1 / num_examples:.3g}; the guarantee says little.", stacklevel=2
+        )
+
+
+__all__ = ["ConfigError", "Progress", "Setup", "TrainResult", "plan", "prepare", "train"]

@@ -1,0 +1,168 @@
+"""The torch backend: what the core asks for, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dptrain.config import OptimizerConfig, Performance, TrainConfig
+from dptrain.errors import RunError
+from dptrain.info import ModelInfo
+from dptrain.models import initial_weights
+from dptrain.plan import Plan
+from dptrain.randomness import StepNoise
+from dptrain.report import package_versions
+from dptrain_torch import engine, gradients, losses, measure, models, update
+from dptrain_torch.describe import describe
+from dptrain_torch.gradients import Batch, Grads
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class TorchBackend:
+    """An executor of plans in torch.
+
+    Args:
+        performance: device, precision and compilation.
+    Raises:
+        RunError: the device does not exist.
+    """
+
+    name = "torch"
+
+    def __init__(self, performance: Performance) -> None:
+        self.performance = performance
+        self.dtype = DTYPES[performance.precision]
+        wanted = performance.device
+        try:
+            self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+            torch.zeros((), device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise RunError(f"performance.device {wanted!r} cannot be used by torch ({str(error).splitlines()[0]}); choose cpu or auto.") from None
+
+    # --- building ---
+    def build_model(self, config: TrainConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        model = models.build(config.model.expand(input_shape), input_shape, num_outputs)
+        models.set_weights(model, initial_weights(models.weight_shapes(model), config.seed) | buffers(model))
+        return model.to(self.device, self.dtype)
+
+    def build_loss(self, name: str) -> Any:
+        return losses.get_loss(name)
+
+    def build_optimizer(self, config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+        parameters = list(gradients.trainable(model).values())
+        if config.name == "sgd":
+            return torch.optim.SGD(parameters, config.learning_rate, config.momentum)
+        if config.name == "adam":
+            return torch.optim.Adam(parameters, config.learning_rate, eps=1e-8)
+        return torch.optim.AdamW(parameters, config.learning_rate, eps=1e-8, weight_decay=config.weight_decay)
+
+    # --- planning ---
+    def describe(self, model: nn.Module, x: np.ndarray) -> ModelInfo:
+        return describe(model, self.tensor(x))
+
+    def time_norms(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, dict[str, float]]:
+        return measure.time_norms(model, loss, self.batch(x, y, np.ones(len(x), bool)))
+
+    def self_check(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
+        engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan)
+
+    # --- one step ---
+    def seed_dropout(self, model: nn.Module, seed: int, step: int) -> None:
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
+            torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """An array on the device, floats in the run's precision."""
+        value = torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
+        return Batch(self.tensor(x), self.tensor(y), self.tensor(mask))
+
+    def zeros(self, model: nn.Module) -> Grads:
+        return update.zeros(model)
+
+    def bounded_sum(self, model: nn.Module, loss: Any, batch: Batch, plan: Plan, two_pass: bool = False) -> Grads:
+        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass)
+
+    def add(self, total: Grads, part: Grads) -> Grads:
+        return update.add(total, part)
+
+    def reduce(self, total: Grads) -> Grads:
+        return update.reduce(total)
+
+    def privatize(self, total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
+        return update.privatize(total, plan, stds, noise)
+
+    def apply(self, model: nn.Module, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
+        update.apply(model, optimizer, released, scale, learning_rate)
+
+    def project(self, model: nn.Module, plan: Plan) -> None:
+        update.project(model, plan)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function) if self.performance.compile is True else function
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --- around the step ---
+    def stats(self, grads: Grads) -> dict[str, float]:
+        return {name: float(value) for name, value in grads.stats.items()}
+
+    def evaluate(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        size, total, correct, classes = 500, 0.0, 0, y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                for start in range(0, len(x), size):
+                    output, target = model(self.tensor(x[start : start + size])), self.tensor(y[start : start + size])
+                    total += float(loss(output, target).sum())
+                    guess = output.argmax(-1) if output.shape[-1] > 1 else (output.flatten() > 0).long()
+                    correct += int((guess == target).sum()) if classes else 0
+        finally:
+            model.train(was_training)
+        return {"loss": total / len(x)} | ({"accuracy": correct / len(x)} if classes else {})
+
+    def get_weights(self, model: nn.Module) -> dict[str, np.ndarray]:
+        return models.get_weights(model)
+
+    def set_weights(self, model: nn.Module, weights: dict[str, np.ndarray]) -> None:
+        models.set_weights(model, weights)
+
+    def get_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+        state = optimizer.state_dict()["state"]
+        return {
+            f"{index}/{key}": np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+            for index, slots in state.items()
+            for key, value in slots.items()
+            if value is not None
+        }
+
+    def set_optimizer_state(self, optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, np.ndarray]) -> None:
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in state.items():
+            index, _, key = name.partition("/")
+            slots.setdefault(int(index), {})[key] = torch.from_numpy(np.array(value))
+        if slots:
+            optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def versions(self) -> dict[str, str]:
+        return package_versions(("torch", "opacus"))
+
+
+def buffers(model: nn.Module) -> dict[str, np.ndarray]:
+    """Buffers as they are, to complete a set of starting weights."""
+    return {name: value.detach().cpu().numpy() for name, value in model.named_buffers()}
+
+
+def make_backend(performance: Performance) -> TorchBackend:
+    """The backend for ``dptrain.backend.get_backend``."""
+    return TorchBackend(performance)
