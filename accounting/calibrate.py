@@ -161,22 +161,23 @@ def calibrate_noise_multiplier(
     rate = check_sample_rate(sample_rate, where=where)
     count = check_count(steps, "steps", where=where)
     if count == 0:
-        raise AccountingError(f"{where}: steps must be at least 1, got 0; without releases there is nothing to calibrate.")
+        raise AccountingError(f"{where}: steps must be at least 1, got 0; nothing would be released.")
     budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
     # Larger noise is more private: search in the inverse. The guess is the Gaussian limit, right within a factor.
     guess = rate * math.sqrt(2 * count * -math.log(budget.delta)) / budget.target
     search = _Search(lambda x: budget.epsilon(math.exp(-x), rate, count), budget.target)
     smallest, largest = _NOISE_RANGE
-    good, bad = search.run(-math.log(max(guess, 0.6)), -math.log(largest), -math.log(smallest), _close)
+    good, _ = search.run(-math.log(max(guess, 0.6)), -math.log(largest), -math.log(smallest), _close)
     if math.isnan(good):
         best = budget.epsilon(largest, rate, count)
         raise budget.unreachable(
-            f"with noise multiplier {largest:g} it is {best:.6g}", "take fewer steps, a smaller sample rate or a larger delta"
+            f"with noise multiplier {largest:g} it is {best:.6g}",
+            "take fewer steps, a smaller sample rate or a larger delta",
         )
     if good == -math.log(smallest):
         raise AccountingError(
-            f"{where}: even noise multiplier {smallest:g} stays within epsilon {budget.target:g} at delta {budget.delta:g},"
-            " because an example is hardly ever sampled; use a smaller delta, or choose the noise yourself."
+            f"{where}: even noise multiplier {smallest:g} stays within epsilon {budget.target:g} at delta"
+            f" {budget.delta:g}, because an example is hardly ever sampled; use a smaller delta, or choose the noise yourself."
         )
     return math.exp(-good)
 
@@ -190,7 +191,7 @@ def calibrate_sample_rate(
     relation: NeighboringRelation | str = "add_remove",
     history: Events = (),
 ) -> float:
-    """Returns the largest Poisson sample rate (to 0.1 % of epsilon, at most 1) whose epsilon does not exceed the target.
+    """Returns the largest Poisson sample rate (to 0.1 % of epsilon) whose epsilon does not exceed the target.
 
     Args:
       target_epsilon: budget in nats, including `history`.
@@ -210,7 +211,7 @@ def calibrate_sample_rate(
     sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
     count = check_count(steps, "steps", where=where)
     if count == 0:
-        raise AccountingError(f"{where}: steps must be at least 1, got 0; without releases there is nothing to calibrate.")
+        raise AccountingError(f"{where}: steps must be at least 1, got 0; nothing would be released.")
     budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
     guess = budget.target * sigma / math.sqrt(2 * count * -math.log(budget.delta))
     search = _Search(lambda x: budget.epsilon(sigma, min(1.0, math.exp(x)), count), budget.target)
@@ -218,7 +219,8 @@ def calibrate_sample_rate(
     if math.isnan(good):
         best = budget.epsilon(sigma, _MIN_RATE, count)
         raise budget.unreachable(
-            f"with sample rate {_MIN_RATE:g} it is {best:.6g}", "raise the noise multiplier or delta, or take fewer steps"
+            f"with sample rate {_MIN_RATE:g} it is {best:.6g}",
+            "raise the noise multiplier or delta, or take fewer steps",
         )
     return min(1.0, math.exp(good))
 

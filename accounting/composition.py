@@ -33,10 +33,11 @@ _WINDOW_TILTED = 14.0
 _NEGLIGIBLE = 45.0
 _MAX_CELLS = 1 << 21
 _COMFORTABLE = 1 << 19
+_ROUNDING_SHARE = -7.0
 _BINS = 4096
 
 
-class DoesNotFit(Exception):
+class GridTooLargeError(Exception):
     """The window needs more cells than allowed; the caller falls back to a coarser grid or to `rdp`."""
 
 
@@ -96,7 +97,10 @@ class Window:
     down: float
 
 
-def _chernoff_step(log_mgf: Callable[[float], float], slope: Callable[[float], float], level: float, cap: float) -> float:
+_Function = Callable[[float], float]
+
+
+def _chernoff_step(log_mgf: _Function, slope: _Function, level: float, cap: float) -> float:
     """Returns the t > 0 that minimises (log_mgf(t) + level) / t."""
     return _bisect_log(lambda t: t * slope(t) - log_mgf(t) - level, cap * 1e-14, cap, 1e-2)
 
@@ -123,8 +127,13 @@ def choose_window(
     best: tuple[float, Window] | None = None
     # At tiny sample rates the loss has a tail so heavy that the saddle point sits far out in it, where the tilted
     # distribution is as wide as the tail. A smaller tilt costs accuracy of the FFT (which is counted) and fits.
+    releases = sum(count for _, count in parts)
     for tilt in (saddle, saddle / 8, 0.0):
-        window, width = _window(steer, tilt, cap, None if tilt == saddle and saddle > 0 else -log_delta)
+        at_saddle = tilt == saddle and saddle > 0
+        # Away from the saddle point the rounding error counts e^(K - tilt eps) / delta times; require it to stay small.
+        if best is not None and steer.value(tilt) - log_delta + math.log(64 * _EPS * releases) > _ROUNDING_SHARE:
+            continue
+        window, width = _window(steer, tilt, cap, None if at_saddle else -log_delta)
         if best is None or width < best[0]:
             best = width, window
         if width < _COMFORTABLE * interval:
@@ -140,7 +149,7 @@ def _window(steer: _Cumulants, tilt: float, cap: float, log_size: float | None) 
     up = high = 0.0
     level = levels[0]
     for level in levels:
-        up = _chernoff_step(lambda t: steer.value(tilt + t) - base, lambda t: steer.slope(tilt + t), level, cap)  # noqa: B023
+        up = _chernoff_step(lambda t: steer.value(tilt + t) - base, lambda t: steer.slope(tilt + t), level, cap)
         high = (steer.value(tilt + up) - base + level) / up
         if tilt * (high - mean) + level > _WINDOW:
             break
@@ -158,7 +167,7 @@ class Composition:
       window: from `choose_window`.
 
     Raises:
-      DoesNotFit: if the window needs more than 2^21 cells.
+      GridTooLargeError: if the window needs more than 2^21 cells.
     """
 
     def __init__(self, parts: Sequence[tuple[GridLoss, int]], interval: float, window: Window) -> None:
@@ -177,7 +186,7 @@ class Composition:
         self.first = max(math.floor((low - self.shift) / interval) - 1, least)
         cells = self.last - self.first + 1
         if cells > _MAX_CELLS:
-            raise DoesNotFit(f"{cells} cells")
+            raise GridTooLargeError(f"{cells} cells")
         # What the window does not hold: above it, nothing if it reaches the largest possible loss.
         self.above = 0.0 if self.last >= most else math.exp(-window.level)
         self.outside = self.above + (0.0 if self.first <= least else math.exp(-_WINDOW))
@@ -246,7 +255,7 @@ class Composition:
             return self.log_mgf - self.tilt * epsilon + math.log(total) - drift if total > 0 else -math.inf
 
     def epsilon(self, log_delta: float, *, upper: bool) -> float:
-        """Returns a bound on the epsilon >= 0 at which delta is e^log_delta (infinite if no finite one is certified)."""
+        """Returns a bound on the epsilon >= 0 at which delta is e^log_delta (infinite if none is certified)."""
         low, high = max(0.0, self._loss(self.first)), max(0.0, self._loss(self.last + 1))
         if not upper:
             # Far below the tilted mean the subtracted errors win; start from the last point that still certifies.

@@ -4,8 +4,8 @@ P, Q is the dominating pair of the release, the loss is log(P/Q) at x drawn from
 grid losses carries masses (P_j, Q_j):
 
 - above: split P_j between the two ends so that both masses are kept ("Connect the Dots", Doroshenko et al. 2022,
-  arXiv:2207.04380, algorithm 1). The hockey-stick divergence can only grow. Computed cell by cell from normal tails, not
-  from second differences of delta: those lose everything once the grid is finer than about 1e-6.
+  arXiv:2207.04380, algorithm 1). The hockey-stick divergence can only grow. Computed cell by cell from normal tails, not from
+  second differences of delta: those lose everything once the grid is finer than about 1e-6.
 - below: merge the cell into one outcome (post-processing) of loss log(P_j/Q_j), cells placed so that this lies just
   above a grid point, then round down.
 """
@@ -63,7 +63,8 @@ def _log_mix(w: Array, q: float) -> Array:
     if q == 1.0:
         return w
     small = np.log1p(q * np.expm1(np.minimum(w, 30.0)))
-    return np.where(w < 30.0, small, np.logaddexp(math.log1p(-q), math.log(q) + w))
+    out: Array = np.where(w < 30.0, small, np.logaddexp(math.log1p(-q), math.log(q) + w))
+    return out
 
 
 def _forward_loss(pair: Pair, z: Array) -> Array:
@@ -212,7 +213,7 @@ def _round_down(pair: Pair, interval: float, index: Array) -> GridLoss:
     base = centre - anchor * interval
     targets = base + np.arange(n) * interval
     edges = np.concatenate([[-np.inf], targets[:-1] + interval / 2, [np.inf]])
-    for _ in range(_SWEEPS):
+    for _ in range(_SWEEPS if n < 1 << 17 else 3):
         mass, other = _cells(pair, edges)
         gap = np.nan_to_num(targets - np.log(mass / other), nan=0.0, posinf=0.0, neginf=0.0)
         gap = np.clip(gap, -interval / 4, interval / 4)

@@ -1,8 +1,8 @@
 """The privacy ledger: what has been released, on disk before the release happens.
 
 After a crash the ledger may have counted a release that was never made; it never misses one that was. The file is JSON
-lines and only ever grows: a header, then `{"event": {...}, "count": n}` for a new event or a bare integer `n` for "n more
-of the same", so that a million steps take two megabytes and every write is one short append.
+lines and only ever grows: a header, then `{"event": {...}, "count": n}` for a new event or a bare integer `n` for
+"n more of the same", so that a million steps take two megabytes and every write is one short append.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class PrivacyLedger:
     Raises:
       LedgerError: if the file exists, cannot be created, or is locked by another process.
 
-    Guarantee: when `record` returns, the release is on disk (fsync); when it raises, the release is counted in memory all
-      the same. Over-counting is possible, under-counting is not.
+    Guarantee: when `record` returns, the release is on disk (fsync); when it raises, the release is counted in memory
+      all the same. Over-counting is possible, under-counting is not.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -278,7 +278,9 @@ class PrivacyLedger:
     def __enter__(self) -> PrivacyLedger:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -1,7 +1,11 @@
 """`prv`: numerical composition of the privacy loss distribution. Near exact, always from above.
 
-Three bounds are computed and the smallest upper one is reported: the loss on a grid rounded up (`discretise`,
-`composition`) on two or three grids, and `rdp`. The loss rounded down gives a certified lower value, so the gap is visible. Full-batch releases (sample rate 1) compose to one Gaussian in closed form.
+The loss of one release is rounded up to a grid (`discretise`) and composed by FFT (`composition`), on two or three grids;
+the smallest of these bounds and of `rdp` is reported. The loss rounded down gives a certified lower value, so the gap is
+visible. Full-batch releases (sample rate 1) compose to one Gaussian in closed form.
+
+Both steps are our own because dp-accounting's lose what is needed here: its second differences of delta fail on grids
+finer than about 1e-6, and its FFT has an absolute error of 1e-16 per release. Its distributions are the test oracle.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     """Returns epsilon of a Gaussian mechanism whose sensitivity is `mu` noise standard deviations, rounded up.
 
     Guarantee: delta(result) <= delta, checked in log space with a margin above the rounding error.
-    Source: Balle, Wang 2018 (arXiv:1805.06530), theorem 8; composition: Dong, Roth, Su 2022 (arXiv:1905.02383), cor. 3.3.
+    Source: Balle, Wang 2018 (arXiv:1805.06530), theorem 8; composition: Dong, Roth, Su 2022 (arXiv:1905.02383), 3.3.
     """
     from dp_accounting import gaussian_mechanism  # type: ignore[import-untyped]
 
@@ -206,7 +210,7 @@ class PRVAccountant:
         """
         import numpy as np
 
-        from accounting.composition import Composition, DoesNotFit, choose_window
+        from accounting.composition import Composition, GridTooLargeError, choose_window
         from accounting.discretise import discretise
 
         results: list[tuple[float, float]] = []
@@ -229,7 +233,7 @@ class PRVAccountant:
                     else:
                         assert epsilon is not None
                         value = composition.log_delta(max(0.0, epsilon - drift), upper=upper)
-            except (DoesNotFit, OverflowError, FloatingPointError):
+            except (GridTooLargeError, OverflowError, FloatingPointError):
                 return None
             if math.isnan(value):
                 return None
@@ -238,7 +242,7 @@ class PRVAccountant:
 
 
 def _split(pairs: Pairs) -> tuple[float, Pairs]:
-    """Returns (mu of the full-batch releases composed, the sampled ones): Gaussians compose to one of mu^2 = sum 1/s^2."""
+    """Returns (mu of the full-batch releases as one Gaussian, the sampled ones): mu^2 is the sum of 1 / sigma^2."""
     square = math.fsum(n / e.noise_multiplier**2 for e, n in pairs if e.sample_rate == 1.0)
     return math.sqrt(square), tuple((e, n) for e, n in pairs if e.sample_rate < 1.0)
 

@@ -44,7 +44,9 @@ def atomic_write(path: Path, data: bytes) -> None:
             os.close(directory)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written ({error.strerror or error}); free some space or choose another --out directory.") from None
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}); free some space or choose another --out directory."
+        ) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dptrain.errors import DataError
-from numpy.typing import NDArray
 
 Array = NDArray[Any]
 

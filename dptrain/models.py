@@ -76,9 +76,7 @@ class CNN(ModelSpec):
         for s, stage in enumerate(self.stages, 1):
             for c, filters in enumerate(stage, 1):
                 fused: ActivationName = "linear" if self.norm_groups else self.activation
-                layers.append(
-                    L.Conv(type="conv2d", name=f"conv{s}_{c}", filters=filters, kernel_size=self.kernel_size, activation=fused)
-                )
+                layers.append(L.Conv(type="conv2d", name=f"conv{s}_{c}", filters=filters, kernel_size=self.kernel_size, activation=fused))
                 if self.norm_groups:
                     layers.append(L.GroupNorm(name=f"norm{s}_{c}", groups=min(self.norm_groups, filters)))
                     layers.append(L.Activation(name=f"act{s}_{c}", function=self.activation))
@@ -175,7 +173,9 @@ class TransformerEncoder(Transformer):
         """Embedding, positions, blocks, mean over positions, head."""
         tokens = len(input_shape) == 1
         first: list[AnyLayer] = [] if len(input_shape) < 3 else [L.ToSequence(name="sequence")]
-        first.append(L.Embedding(name="embed", vocabulary=self.vocabulary, dim=self.dim) if tokens else L.Dense(name="embed", units=self.dim))
+        first.append(
+            L.Embedding(name="embed", vocabulary=self.vocabulary, dim=self.dim) if tokens else L.Dense(name="embed", units=self.dim)
+        )
         first.append(L.PositionEmbedding(name="positions"))
         return (*first, *self.blocks(), L.GlobalAvgPool(name="mean"), L.Dense(name="head", units="num_classes"))
 
@@ -191,9 +191,7 @@ class ViTTiny(Transformer):
 
     def expand(self, input_shape: tuple[int, ...]) -> tuple[AnyLayer, ...]:
         """Patches, positions, blocks, mean over patches, head."""
-        patches = L.Conv(
-            type="conv2d", name="patches", filters=self.dim, kernel_size=self.patch, strides=self.patch, padding="valid"
-        )
+        patches = L.Conv(type="conv2d", name="patches", filters=self.dim, kernel_size=self.patch, strides=self.patch, padding="valid")
         first: list[AnyLayer] = [patches, L.ToSequence(name="sequence"), L.PositionEmbedding(name="positions")]
         return (*first, *self.blocks(), L.GlobalAvgPool(name="mean"), L.Dense(name="head", units="num_classes"))
 

@@ -54,7 +54,9 @@ class RunDirectory:
         assert self.path is not None
         stored = read_json(self.path / "run.json")
         if stored.get("format") != FORMAT:
-            raise RunError(f"{self.path} was written by another version of dptrain (format {stored.get('format')!r}); choose another --out.")
+            raise RunError(
+                f"{self.path} was written by another version of dptrain (format {stored.get('format')!r}); choose another --out."
+            )
         for key, value in self.record.items():
             if stored.get(key) != value:
                 raise RunError(

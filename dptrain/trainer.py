@@ -121,7 +121,9 @@ def check_tokens(layers: tuple[AnyLayer, ...], data: Dataset) -> None:
     integers = np.issubdtype(data.x_train.dtype, np.integer)
     if integers != bool(tables):
         kind = "token ids" if integers else "real numbers"
-        raise DataError(f"data {data.name!r} holds {kind}, and the model starts {'with' if tables else 'without'} an embedding; choose a model that fits.")
+        raise DataError(
+            f"data {data.name!r} holds {kind}, and the model starts {'with' if tables else 'without'} an embedding; choose a model that fits."
+        )
     for split, x in (("training", data.x_train), ("test", data.x_test)):
         if tables and x.size and (x.min() < 0 or x.max() >= tables[0]):
             raise DataError(f"the {split} split of data {data.name!r} has token ids outside 0..{tables[0] - 1}; raise model.vocabulary.")
@@ -402,7 +404,8 @@ def warn_about_delta(config: TrainConfig, num_examples: int) -> None:
     """Warn where delta is so large that releasing one example in full would be within the promise."""
     if config.strategy.name != "non_private" and config.privacy.target_delta >= 1 / num_examples:
         warnings.warn(
-            f"target_delta {config.privacy.target_delta:g} is not below 1/N = {1 / num_examples:.3g}; the guarantee says little.", stacklevel=2
+            f"target_delta {config.privacy.target_delta:g} is not below 1/N = {1 / num_examples:.3g}; the guarantee says little.",
+            stacklevel=2,
         )
 
 

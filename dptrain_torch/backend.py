@@ -42,7 +42,9 @@ class TorchBackend:
             self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
             torch.zeros((), device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise RunError(f"performance.device {wanted!r} cannot be used by torch ({str(error).splitlines()[0]}); choose cpu or auto.") from None
+            raise RunError(
+                f"performance.device {wanted!r} cannot be used by torch ({str(error).splitlines()[0]}); choose cpu or auto."
+            ) from None
 
     # --- building ---
     def build_model(self, config: TrainConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,13 +107,13 @@ def clipping_strategy(strategy: Any) -> Any:
     return strategy
 
 
-def take(x: Any, where: Callable[[Tensor], Tensor]) -> Any:
-    """Apply an indexing to every tensor of a batch."""
+def take(x: Any, picks: list[int]) -> Any:
+    """The examples of a batch at some indices, in every tensor of it."""
     if isinstance(x, Mapping):
-        return {k: take(v, where) for k, v in x.items()}
+        return {k: take(v, picks) for k, v in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(take(v, where) for v in x)
-    return where(x)
+        return type(x)(take(v, picks) for v in x)
+    return x[torch.tensor(picks, device=x.device)]
 
 
 def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None:
@@ -131,16 +131,15 @@ def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None
         UnsupportedModelError: lists every problem.
     """
     count = batch_size(x)
-    picks = [torch.arange(n) % count for n in (2, 3)]
-    batches = [(take(x, lambda t, i=i: t[i.to(t.device)]), take(y, lambda t, i=i: t[i.to(t.device)])) for i in picks]
+    batches = [(take(x, picks), take(y, picks)) for picks in ([i % count for i in range(n)] for n in (2, 3))]
     problems: list[str] = []
-    state = copy.deepcopy({k: v for k, v in model.named_buffers()})
+    state = copy.deepcopy(dict(model.named_buffers()))
     modes = {m: m.training for m in model.modules()}
     try:
         training_probe = full_batch(*batches[1])
         bounded_sum(model, loss, training_probe, plan)
         moved = [name for name, b in model.named_buffers() if not torch.equal(b, state[name])]
-        problems += [f"buffer {name!r} is updated from data without noise; remove the layer or freeze its statistics." for name in moved]
+        problems += [f"buffer {name!r} is updated from data without noise; remove the layer that does it." for name in moved]
         for module in modes:
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
@@ -163,13 +162,10 @@ def independence_problems(model: nn.Module, loss: Loss, x: Any, y: Any) -> list[
 
     with torch.enable_grad():
         together = example_losses(loss, call_model(model, x), y, 3).detach()
-        alone = [
-            example_losses(loss, call_model(model, take(x, lambda t, i=i: t[i : i + 1])), take(y, lambda t, i=i: t[i : i + 1]), 1)
-            for i in range(3)
-        ]
+        alone = [example_losses(loss, call_model(model, take(x, [i])), take(y, [i]), 1) for i in range(3)]
     gap = (torch.cat(alone).detach() - together).abs().max()
     if not bool(gap <= tolerance(together) * (1 + together.abs().max())):
-        return [f"the loss of one example depends on the others in its batch (by {float(gap):.3g}); find the layer or loss that mixes examples."]
+        return [f"the loss of one example depends on its batch (by {float(gap):.3g}); find the layer or loss that mixes examples."]
     return []
 
 
@@ -184,8 +180,8 @@ def completeness_problems(model: nn.Module, loss: Loss, batch: Batch, plan: Plan
         if not bool((ours[name] - value).norm() <= 10 * tolerance(value) * max(float(value.norm()), 1e-2 * scale) + 1e-30)
     ]
     return [
-        f"parameter {name!r} is used in a way that no layer call shows (a functional use, a reused weight), so its gradient would be wrong; "
-        "call the layer itself, or wrap the use in a module of its own."
+        f"parameter {name!r} is used in a way that no layer call shows (a functional use, a reused weight), so its gradient would be "
+        "wrong; call the layer itself, or wrap the use in a module of its own."
         for name in bad
     ]
 
@@ -193,7 +189,7 @@ def completeness_problems(model: nn.Module, loss: Loss, batch: Batch, plan: Plan
 def bound_problems(model: nn.Module, loss: Loss, pair: tuple[Any, Any], plan: Plan) -> list[str]:
     """One example at a tiny clipping norm must stay within it."""
     tiny, (x, y) = 1e-3, pair
-    one = full_batch(take(x, lambda t: t[:1]), take(y, lambda t: t[:1]))
+    one = full_batch(take(x, [0]), take(y, [0]))
     sums = bounded_sum(model, loss, one, plan.with_clip_norm(tiny)).sums
     total = float(torch.stack([value.double().square().sum() for value in sums.values()]).sum().sqrt())
     bound = tiny * len(plan.groups) ** 0.5

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
-from dptrain_torch.hooks import Call, Tap, Unit, find_units
+from dptrain_torch.hooks import Call, Tap, find_units
 from dptrain_torch.rules import generic_uses
 from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example
 
@@ -53,6 +53,11 @@ class Grads:
     stats: dict[str, Tensor]
 
 
+def zeros_like(parameter: Tensor) -> Tensor:
+    """A zero sum for a parameter."""
+    return torch.zeros_like(parameter, requires_grad=False)
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name; a tied one appears once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -81,7 +86,10 @@ def example_losses(loss: Loss, output: Any, y: Any, batch: int) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape != (batch,):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise UnsupportedModelError(
-            [f"the loss returned {shape} for a batch of {batch}: it must give one value per example; use reduction='none' and reduce each example's own values to one."]
+            [
+                f"the loss returned {shape} for a batch of {batch}: it must give one value per example; use reduction='none', and reduce "
+                "each example's own values to one."
+            ]
         )
     if not losses.requires_grad:
         raise UnsupportedModelError(["the loss depends on no trainable parameter, so nothing would be trained; unfreeze a layer."])
@@ -226,7 +234,7 @@ def bounded_sum(
         sums = {}
         for name, parameter in trainable(model).items():
             uses: Iterable[Use] = accumulator.ready.pop(name, ())
-            value = torch.zeros_like(parameter, requires_grad=False)
+            value = zeros_like(parameter)
             for use in uses:
                 w = weights[group_of[name]]
                 value = value + (use if clean else use.keep(w > 0)).weighted_sum(w).to(value.dtype)
@@ -236,7 +244,8 @@ def bounded_sum(
 
 def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str]) -> dict[str, Tensor]:
     """The same sums from a backward pass over the reweighted losses, one pass per group."""
-    parameters, sums = trainable(model), {}
+    parameters = trainable(model)
+    sums: dict[str, Tensor | None] = {}
     for i, (group, w) in enumerate(weights.items()):
         names = [name for name in parameters if group_of[name] == group]
         with torch.enable_grad():
@@ -244,7 +253,7 @@ def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor],
         last = i == len(weights) - 1
         gradients = torch.autograd.grad(total, [parameters[n] for n in names], retain_graph=not last, allow_unused=True)
         sums.update(zip(names, gradients, strict=True))
-    return {n: torch.zeros_like(p, requires_grad=False) if sums.get(n) is None else sums[n] for n, p in parameters.items()}
+    return {n: zeros_like(p) if (value := sums.get(n)) is None else value for n, p in parameters.items()}
 
 
 def plain_sum(model: nn.Module, loss: Loss, batch: Batch) -> Grads:
@@ -254,10 +263,7 @@ def plain_sum(model: nn.Module, loss: Loss, batch: Batch) -> Grads:
         losses = example_losses(loss, call_model(model, batch.x), batch.y, batch_size(batch.x))
         total = torch.where(batch.mask, losses, torch.zeros_like(losses)).sum()
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    sums = {
-        name: torch.zeros_like(p, requires_grad=False) if g is None else g
-        for (name, p), g in zip(parameters.items(), gradients, strict=True)
-    }
+    sums = {n: zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
     zero = losses.new_zeros(())
     count = batch.mask.sum()
     return Grads(sums, {"loss": total.detach(), "count": count, "clipped": zero, "nonfinite": zero})

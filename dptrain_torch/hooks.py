@@ -102,13 +102,12 @@ def find_units(model: nn.Module) -> list[Unit]:
         if rule is None:  # the module and everything below it is one unit
             own = {k: p for k, p in module.named_parameters() if p.requires_grad}
             inside.update(id(child) for child in module.modules())
-            if any(p > 0 for m in module.modules() if m.training for p in (random_rate(m),)):
+            if any(random_rate(m) > 0 for m in module.modules() if m.training):
                 problems.append(
                     f"layer {shown!r}: {type(module).__name__} has no fast rule and drops units at random inside, so its gradient "
                     "cannot be rebuilt; set its dropout to 0."
                 )
         units.append(Unit(shown, module, rule, {k: names[id(p)] for k, p in own.items()}))
-    # A unit found before an enclosing one with no rule cannot occur: named_modules visits parents first.
     if problems:
         raise UnsupportedModelError(problems)
     return units
@@ -118,7 +117,8 @@ def random_rate(module: nn.Module) -> float:
     """Probability with which a module drops units in training."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return float(module.p)
-    return float(module.dropout) if isinstance(getattr(module, "dropout", None), int | float) else 0.0
+    rate = getattr(module, "dropout", 0.0)
+    return float(rate) if isinstance(rate, int | float) else 0.0
 
 
 class Tap:
@@ -201,7 +201,7 @@ class Tap:
         edges = [edge for _, _, edge in self._edges]
         if not edges:
             return
-        gradients = list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain_graph))
+        gradients: list[Tensor | None] = list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain_graph))
         by_call: dict[int, list[int]] = {}
         for position, (call, _, _) in enumerate(self._edges):
             by_call.setdefault(id(call), []).append(position)

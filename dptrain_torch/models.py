@@ -77,7 +77,7 @@ class Builder:
             case L.ConvTranspose():
                 return self.conv_transpose(spec, shape)
             case L.Embedding():
-                return {"": nn.Embedding(spec.vocabulary, spec.dim)} | {}, (*shape, spec.dim)
+                return {"": nn.Embedding(spec.vocabulary, spec.dim)}, (*shape, spec.dim)
             case L.PositionEmbedding():
                 need(len(shape) == 2, "it needs a sequence [T, D]")
                 return {"": ours.PositionEmbedding(shape[0], channels)}, shape
@@ -132,7 +132,10 @@ class Builder:
         n = int(spec.type[4])
         need(len(space) == n, f"it needs {n} spatial axes")
         need(spec.padding != "causal" or n == 1, "causal padding exists for conv1d only")
-        need(channels % spec.groups == 0 and spec.filters % spec.groups == 0, f"{spec.groups} groups do not divide {channels} or {spec.filters}")
+        need(
+            channels % spec.groups == 0 and spec.filters % spec.groups == 0,
+            f"{spec.groups} groups do not divide {channels} or {spec.filters}",
+        )
         k, r, d = (axes(value, n) for value in (spec.kernel_size, spec.strides, spec.dilation))
         reach = [dd * (kk - 1) + 1 for kk, dd in zip(k, d, strict=True)]
         pad = spec.padding if isinstance(spec.padding, int) else 0

@@ -6,6 +6,7 @@ module that treats examples independently; a class that mixes examples is refuse
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dptrain.errors import UnsupportedModelError
 from dptrain.info import CONV, EMBEDDING, LINEAR, NORM
 from dptrain_torch.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, wide
 
@@ -176,10 +179,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     """The row of a module's class; a subclass counts only if it inherits ``forward`` unchanged."""
     for cls in type(module).__mro__:
         if cls in RULES:
-            own = type(module).forward is cls.forward or (
-                # InstanceNorm1d/2d/3d and LayerNorm subclasses share forward with a private base
-                getattr(type(module), "forward", None) is getattr(cls, "forward", None)
-            )
+            own = getattr(type(module), "forward", None) is getattr(cls, "forward", None)
             roles = {name for name, p in module.named_parameters(recurse=False) if p is not None}
             hooked = bool(module._forward_pre_hooks or module._forward_hooks)  # weight norm and the like recompute the weight
             return RULES[cls] if own and roles <= {"weight", "bias"} and not hooked else None
@@ -199,7 +199,7 @@ def mixes_examples(module: nn.Module) -> str | None:
 
 
 def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, cotangents: list[Tensor | None]) -> dict[str, Use]:
-    """The slow method: per-sample gradients of a whole module by ``vmap`` over its vector-Jacobian product.
+    """The slow method: per-sample gradients of a whole module, by ``vmap``, or one example at a time where torch cannot batch it.
 
     Args:
         module: any module that treats examples independently and draws no random numbers.
@@ -208,16 +208,16 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
         cotangents: of its tensor outputs, in order; None where the loss does not depend on one.
     Returns:
         Relative name -> use.
+    Raises:
+        UnsupportedModelError: the module draws random numbers.
     """
-    from torch.utils._pytree import tree_flatten, tree_unflatten
-
     batch = next(c.shape[0] for c in cotangents if c is not None)
     leaves, spec = tree_flatten((args, kwargs))
-    split = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in leaves]
     leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+    split = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in leaves]
+    present = [i for i, c in enumerate(cotangents) if c is not None]
     params = dict(module.named_parameters())
     constant = {k: v.detach() for k, v in params.items() if k not in names} | dict(module.named_buffers())
-    present = [i for i, c in enumerate(cotangents) if c is not None]
 
     def one(xs: list[Tensor], gs: list[Tensor]) -> dict[str, Tensor]:
         it = iter(xs)
@@ -229,9 +229,21 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
             tensors = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
             return [tensors[i] for i in present]
 
-        _, vjp = torch.func.vjp(outputs, {name: params[name].detach() for name in names})
+        vjp: Any = torch.func.vjp(outputs, {name: params[name].detach() for name in names})[1]
         return dict(vjp([g.unsqueeze(0) for g in gs])[0])
 
     xs = [x for x, is_split in zip(leaves, split, strict=True) if is_split]
-    gradients = torch.func.vmap(one, randomness="error")(xs, [c for c in cotangents if c is not None])
+    gs = [c for c in cotangents if c is not None]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # slow is what this method is declared to be
+            gradients = torch.func.vmap(one, randomness="error")(xs, gs)
+    except RuntimeError as error:
+        if "random" in str(error):
+            raise UnsupportedModelError(
+                [f"a {type(module).__name__} has no fast rule and draws random numbers inside, so its gradient cannot be rebuilt; turn that off."]
+            ) from None
+        # Recurrent kernels, data-dependent shapes: vmap cannot, a loop can.
+        rows = [one([x[i] for x in xs], [g[i] for g in gs]) for i in range(batch)]
+        gradients = {name: torch.stack([row[name] for row in rows]) for name in names}
     return {name: DirectUse(wide(gradient)) for name, gradient in gradients.items()}

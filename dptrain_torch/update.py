@@ -10,7 +10,7 @@ from torch import nn
 
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
-from dptrain_torch.gradients import Grads, trainable
+from dptrain_torch.gradients import Grads, trainable, zeros_like
 
 STATS = ("loss", "count", "clipped", "nonfinite")
 
@@ -19,7 +19,7 @@ def zeros(model: nn.Module) -> Grads:
     """The empty sum: what an empty logical batch releases, before noise (pitfalls.md G17)."""
     parameters = trainable(model)
     some = next(iter(parameters.values()))
-    sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+    sums = {name: zeros_like(p) for name, p in parameters.items()}
     return Grads(sums, {name: torch.zeros((), device=some.device) for name in STATS})
 
 

@@ -16,9 +16,7 @@ from dptrain.strategies.clipping import Ghost, MixedGhost, PerSample
 from dptrain.strategies.non_private import NonPrivate
 
 StrategyConfig = Annotated[MixedGhost | Ghost | PerSample | NonPrivate, Field(discriminator="name")]
-STRATEGIES: dict[str, type[Any]] = {
-    cls.model_fields["name"].default: cls for cls in get_args(get_args(StrategyConfig)[0])
-}
+STRATEGIES: dict[str, type[Any]] = {cls.model_fields["name"].default: cls for cls in get_args(get_args(StrategyConfig)[0])}
 
 
 def get_strategy(strategy: str | SensitivityStrategy, **settings: Any) -> SensitivityStrategy:

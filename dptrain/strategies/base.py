@@ -13,7 +13,10 @@ from dptrain.plan import Plan
 class SensitivityStrategy(Protocol):
     """Turns the facts of a model into a plan with a certificate."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name under which the strategy is registered."""
+        ...
 
     def plan(self, info: ModelInfo, *, decision: Decision = "time", timings: Timings | None = None) -> Plan:
         """Decide groups, bounds and norm methods.

@@ -42,11 +42,6 @@ class Clipping(BaseModel):
     gamma: Positive = 0.01
     grouping: Literal["flat", "per_layer"] | Mapping[str, tuple[str, ...]] = "flat"
 
-    @property
-    def strategy_name(self) -> str:
-        """The name under which the strategy is registered."""
-        return str(getattr(self, "name"))  # noqa: B009 - each subclass narrows the type of ``name``
-
     def method(self, layer: LayerInfo, decision: Decision, timings: Timings | None) -> Method:
         """How the norm of one layer is taken."""
         raise TypeError(f"{type(self).__name__} does not say how norms are taken")
@@ -67,10 +62,8 @@ class Clipping(BaseModel):
         members = group_layers(info.layers, tied, self.grouping)
         clip_norm = self.max_grad_norm / math.sqrt(len(members))
         sizes = {layer.name: layer.num_params for layer in info.layers}
-        groups = tuple(
-            Group(name, layers, clip_norm, clip_norm, sum(sizes[layer] for layer in layers)) for name, layers in members.items()
-        )
-        return Plan(self.strategy_name, groups, methods, self.clipping, self.gamma, layers=info.layers)
+        groups = tuple(Group(name, layers, clip_norm, clip_norm, sum(sizes[layer] for layer in layers)) for name, layers in members.items())
+        return Plan(str(getattr(self, "name", "clipping")), groups, methods, self.clipping, self.gamma, layers=info.layers)
 
 
 class PerSample(Clipping):

@@ -1,0 +1,204 @@
+"""The command line. Starts quickly: neither framework, nor the accounting libraries, load before they are needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="dptrain",
+    help="Differentially private training of neural networks, in PyTorch and TensorFlow, from one config.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML or TOML config.")]
+BackendName = Annotated[str, typer.Option("--backend", "-b", help="torch or tensorflow.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Override a setting, such as strategy.max_grad_norm=0.5; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AccountantName = Annotated[str, typer.Option(help="prv (tight) or rdp.")]
+Relation = Annotated[str, typer.Option(help="add_remove, replace_one or zero_out.")]
+Delta = Annotated[float, typer.Option("--delta", help="Delta at which epsilon is stated.")]
+SampleRate = Annotated[float, typer.Option("--sample-rate", help="Probability with which an example enters a step.")]
+
+
+def emit(values: dict[str, Any], sentence: str, as_json: bool) -> None:
+    """Print a result for a person or for a program."""
+    typer.echo(json.dumps(values) if as_json else sentence)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    backend: BackendName = "torch",
+    set_: Overrides = [],  # noqa: B006 - typer reads the default
+    out: Annotated[Path | None, typer.Option(help="Run directory; resumes an unfinished run of the same config.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a model; Ctrl-C leaves a run that the same command resumes."""
+    from dptrain.config import TrainConfig
+    from dptrain.progress import Display
+
+    loaded = TrainConfig.load(config, set_)
+    from dptrain.trainer import train as run
+
+    directory = out or fresh_directory(config.stem, backend)
+    with Display(loaded, backend, directory, quiet) as display:
+        result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start)
+    display.finish(result)
+    if not result.complete:
+        raise typer.Exit(130)
+
+
+def fresh_directory(stem: str, backend: str) -> Path:
+    """``runs/<config>-<backend>-<number>``, the first that does not exist."""
+    number = 1
+    while (path := Path("runs") / f"{stem}-{backend}-{number}").exists():
+        number += 1
+    return path
+
+
+@app.command()
+def plan(config: ConfigPath, backend: BackendName = "torch", set_: Overrides = []) -> None:  # noqa: B006
+    """Show what would be done to each layer, and the noise, without training."""
+    from dptrain.config import TrainConfig
+    from dptrain.mechanism import GaussianMechanism, release_event
+    from dptrain.tables import plan_table, render
+    from dptrain.trainer import noise_multiplier, prepare
+
+    loaded = TrainConfig.load(config, set_)
+    setup = prepare(loaded, backend)
+    stds = None
+    if setup.plan.private:
+        sigma = noise_multiplier(loaded, setup.sample_rate, setup.num_steps)
+        stds = GaussianMechanism(sigma, loaded.privacy.allocation).stds(setup.plan, loaded.privacy.relation)
+    typer.echo(render(plan_table(setup.plan, stds)))
+    typer.echo(f"N = {len(setup.data.x_train)}, sample rate {setup.sample_rate:.6g}, {setup.num_steps} steps")
+    if stds is not None:
+        event = release_event(setup.plan, stds, setup.sample_rate, loaded.privacy.relation)
+        typer.echo(statement(loaded.privacy.accountant, loaded.privacy.relation.value, event, setup.num_steps, loaded.privacy.target_delta))
+
+
+def statement(accountant: str, relation: str, event: Any, steps: int, delta: float) -> str:
+    """A printed epsilon, with delta, relation, sampling and accountant."""
+    from accounting import get_accountant
+
+    epsilon = get_accountant(accountant, relation).epsilon([(event, steps)], delta)
+    return (
+        f"epsilon = {epsilon:.6g} at delta = {delta:g} ({relation}, Poisson sampling, accountant {accountant}); "
+        f"noise multiplier {event.noise_multiplier:.6g}, sample rate {event.sample_rate:.6g}, {steps} steps"
+    )
+
+
+@app.command()
+def epsilon(
+    sample_rate: SampleRate,
+    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier", help="Noise standard deviation over sensitivity.")],
+    steps: Annotated[int, typer.Option("--steps", help="Number of releases.")],
+    delta: Delta,
+    accountant: AccountantName = "prv",
+    relation: Relation = "add_remove",
+    as_json: AsJson = False,
+) -> None:
+    """Epsilon of a number of Poisson-sampled Gaussian releases; an upper bound."""
+    from accounting import SampledGaussian, get_accountant
+
+    event = SampledGaussian(noise_multiplier, sample_rate)
+    value = get_accountant(accountant, relation).epsilon([(event, steps)], delta)
+    values = {
+        "epsilon": value, "delta": delta, "accountant": accountant, "neighboring_relation": relation, "sampling": "poisson",
+        "sample_rate": sample_rate, "noise_multiplier": noise_multiplier, "steps": steps,
+    }  # fmt: skip
+    emit(values, f"epsilon = {value:.6g} at delta = {delta:g} ({relation}, Poisson sampling, accountant {accountant})", as_json)
+
+
+@app.command()
+def calibrate(
+    target_epsilon: Annotated[float, typer.Option("--target-epsilon", help="Budget.")],
+    delta: Delta,
+    sample_rate: Annotated[float | None, typer.Option("--sample-rate", help="Leave out to solve for it.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Leave out to solve for it.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option("--noise-multiplier", help="Leave out to solve for it.")] = None,
+    accountant: AccountantName = "prv",
+    relation: Relation = "add_remove",
+    as_json: AsJson = False,
+) -> None:
+    """Solve for the one of noise multiplier, steps and sample rate that is left out; never above the budget."""
+    import accounting as acc
+    from dptrain.errors import ConfigError
+
+    given = {"sample_rate": sample_rate, "steps": steps, "noise_multiplier": noise_multiplier}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) != 1:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"Give exactly two of {flags}; the third is solved for (got {3 - len(missing)}).")
+    solve: Any = getattr(acc, f"calibrate_{missing[0]}")
+    known = {k: v for k, v in given.items() if v is not None}
+    found = solve(target_epsilon=target_epsilon, delta=delta, accountant=accountant, relation=relation, **known)
+    given[missing[0]] = found
+    event = acc.SampledGaussian(float(given["noise_multiplier"] or 0), float(given["sample_rate"] or 0))
+    reached = acc.get_accountant(accountant, relation).epsilon([(event, int(given["steps"] or 0))], delta)
+    values = {
+        **given, "solved_for": missing[0], "epsilon": reached, "target_epsilon": target_epsilon, "delta": delta,
+        "accountant": accountant, "neighboring_relation": relation, "sampling": "poisson",
+    }  # fmt: skip
+    sentence = (
+        f"{missing[0]} = {found:.10g} gives epsilon = {reached:.6g} <= {target_epsilon:g} at delta = {delta:g} "
+        f"({relation}, Poisson sampling, accountant {accountant})"
+    )
+    emit(values, sentence, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config."""
+    from dptrain.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, devices and data sets found on this machine."""
+    from dptrain.doctor import examine, show
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show(found)
+
+
+def main() -> None:
+    """Entry point: user errors become one line on stderr and exit code 2."""
+    from accounting.errors import AccountingError, LedgerError
+
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("dptrain: interrupted; the same command with the same --out resumes the run.", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        from dptrain.errors import DptrainError
+
+        if isinstance(error, DptrainError | AccountingError | LedgerError):
+            print(f"dptrain: error: {error}", file=sys.stderr)
+            code = 2
+        elif hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error; where its class lives depends on typer's version
+            error.show()
+            code = error.exit_code
+        else:
+            raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

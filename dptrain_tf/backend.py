@@ -1,0 +1,177 @@
+"""The TensorFlow backend: what the core asks for, in TensorFlow and Keras 3."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the import: TensorFlow greets on stderr otherwise
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dptrain.config import OptimizerConfig, Performance, TrainConfig
+from dptrain.errors import RunError
+from dptrain.info import ModelInfo
+from dptrain.models import initial_weights
+from dptrain.plan import Plan
+from dptrain.randomness import StepNoise
+from dptrain.report import package_versions
+from dptrain_tf import engine, gradients, losses, measure, models, update
+from dptrain_tf.describe import describe
+from dptrain_tf.gradients import Batch, Grads
+
+
+class TensorFlowBackend:
+    """An executor of plans in TensorFlow.
+
+    Args:
+        performance: device, precision and compilation.
+    Raises:
+        RunError: Keras runs on another backend, or the device does not exist.
+    """
+
+    name = "tensorflow"
+
+    def __init__(self, performance: Performance) -> None:
+        self.performance, self.dtype = performance, performance.precision
+        if keras.backend.backend() != "tensorflow":
+            raise RunError(f"Keras runs on {keras.backend.backend()!r} here; set KERAS_BACKEND=tensorflow and start again.")
+        gpus = [device.name for device in tf.config.list_logical_devices("GPU")]
+        names = {"auto": gpus[0] if gpus else "/CPU:0", "cpu": "/CPU:0", "cuda": gpus[0] if gpus else ""}
+        self.device = names.get(performance.device, performance.device)
+        try:
+            with tf.device(self.device or "/GPU:0"):
+                tf.zeros(()).numpy()
+        except (ValueError, RuntimeError, tf.errors.OpError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"performance.device {performance.device!r} cannot be used by TensorFlow ({reason}); choose cpu or auto.") from None
+
+    # --- building ---
+    def build_model(self, config: TrainConfig, input_shape: tuple[int, ...], num_outputs: int) -> Any:
+        with tf.device(self.device):
+            model = models.build(config.model.expand(input_shape), input_shape, num_outputs, self.dtype)
+            models.set_weights(model, initial_weights(models.weight_shapes(model), config.seed))
+        return model
+
+    def build_loss(self, name: str) -> Any:
+        return losses.get_loss(name)
+
+    def build_optimizer(self, config: OptimizerConfig, model: Any) -> Any:
+        if config.name == "sgd":
+            optimizer = keras.optimizers.SGD(config.learning_rate, config.momentum)
+        elif config.name == "adam":
+            optimizer = keras.optimizers.Adam(config.learning_rate, epsilon=1e-8)
+        else:
+            optimizer = keras.optimizers.AdamW(config.learning_rate, weight_decay=config.weight_decay, epsilon=1e-8)
+        optimizer.build(model.trainable_variables)
+        return optimizer
+
+    # --- planning ---
+    def describe(self, model: Any, x: np.ndarray) -> ModelInfo:
+        return describe(model, self.tensor(x))
+
+    def time_norms(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, dict[str, float]]:
+        return measure.time_norms(model, loss, self.batch(x, y, np.ones(len(x), bool)))
+
+    def self_check(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
+        engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan)
+
+    # --- one step ---
+    def seed_dropout(self, model: Any, seed: int, step: int) -> None:
+        for i, layer in enumerate(model._flatten_layers()):
+            generator = getattr(layer, "seed_generator", None)
+            if generator is not None:
+                generator.state.assign(np.array([(seed * 1_000_003 + i) % 2**31, step % 2**31], dtype="uint32"))
+
+    def tensor(self, array: np.ndarray) -> tf.Tensor:
+        """An array on the device, floats in the run's precision."""
+        with tf.device(self.device):
+            value = tf.convert_to_tensor(np.ascontiguousarray(array))
+            return tf.cast(value, self.dtype) if value.dtype.is_floating else value
+
+    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
+        return Batch(self.tensor(x), self.tensor(y), self.tensor(mask))
+
+    def zeros(self, model: Any) -> Grads:
+        return update.zeros(model)
+
+    def bounded_sum(self, model: Any, loss: Any, batch: Batch, plan: Plan, two_pass: bool = False) -> Grads:
+        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass)
+
+    def add(self, total: Grads, part: Grads) -> Grads:
+        return update.add(total, part)
+
+    def reduce(self, total: Grads) -> Grads:
+        return update.reduce(total)
+
+    def privatize(self, total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
+        return update.privatize(total, plan, stds, noise)
+
+    def apply(self, model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
+        update.apply(model, optimizer, released, scale, learning_rate)
+
+    def project(self, model: Any, plan: Plan) -> None:
+        update.project(model, plan)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if self.performance.compile is False:
+            return function
+        keys: list[str] = []
+
+        @tf.function(autograph=False, reduce_retracing=False)
+        def traced(x: Any, y: Any, mask: Any) -> Any:
+            grads = function(Batch(x, y, mask))
+            keys[:] = list(grads.sums)
+            return list(grads.sums.values()), grads.stats
+
+        def run(batch: Batch) -> Grads:
+            sums, stats = traced(batch.x, batch.y, batch.mask)
+            return Grads(dict(zip(keys, sums, strict=True)), stats)
+
+        return run
+
+    def synchronize(self) -> None:
+        if "GPU" in self.device:
+            tf.test.experimental.sync_devices()
+
+    # --- around the step ---
+    def stats(self, grads: Grads) -> dict[str, float]:
+        return {name: float(value) for name, value in grads.stats.items()}
+
+    def evaluate(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        size, total, correct, classes = 500, 0.0, 0, y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
+        predict = tf.function(lambda x: model(x, training=False), autograph=False)
+        for start in range(0, len(x), size):
+            output, target = predict(self.tensor(x[start : start + size])), self.tensor(y[start : start + size])
+            total += float(tf.reduce_sum(loss(target, output)))
+            logits = output.numpy()
+            guess = logits.argmax(-1) if logits.shape[-1] > 1 else (logits.ravel() > 0).astype(y.dtype)
+            correct += int((guess == y[start : start + size]).sum()) if classes else 0
+        return {"loss": total / len(x)} | ({"accuracy": correct / len(x)} if classes else {})
+
+    def get_weights(self, model: Any) -> dict[str, np.ndarray]:
+        return models.get_weights(model)
+
+    def set_weights(self, model: Any, weights: dict[str, np.ndarray]) -> None:
+        models.set_weights(model, weights)
+
+    def get_optimizer_state(self, optimizer: Any) -> dict[str, np.ndarray]:
+        return {f"{i:04d}/{v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(optimizer.variables)}
+
+    def set_optimizer_state(self, optimizer: Any, model: Any, state: dict[str, np.ndarray]) -> None:
+        values = [state[name] for name in sorted(state)]
+        if len(values) != len(optimizer.variables) or any(a.shape != tuple(v.shape) for a, v in zip(values, optimizer.variables, strict=True)):
+            raise RunError("The checkpoint's optimizer state does not fit the optimizer; start in another --out directory.")
+        for variable, value in zip(optimizer.variables, values, strict=True):
+            variable.assign(value)
+
+    def versions(self) -> dict[str, str]:
+        return package_versions(("tensorflow", "keras", "deel-lip"))
+
+
+def make_backend(performance: Performance) -> TensorFlowBackend:
+    """The backend for ``dptrain.backend.get_backend``."""
+    return TensorFlowBackend(performance)

@@ -1,0 +1,298 @@
+"""The weighted sum of per-sample gradients of a batch, as a plan describes it: one forward and one backward pass.
+
+Book-keeping (Bu et al. 2022, arXiv:2210.00038): what is released is rebuilt from the very activations and cotangents that were
+measured. A use of a weight that the tap does not see can bias the sum, but it cannot break the bound. ``two_pass`` takes the sum
+from a second backward pass over the reweighted loss instead; there an unseen use WOULD break the bound, so it is allowed only for a
+model that has passed ``engine.self_check``.
+
+Everything here runs eagerly and inside ``tf.function``; there the physical batch must have a fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from dptrain.clipping import clip_weight
+from dptrain.errors import ConfigError, UnsupportedModelError
+from dptrain.plan import Plan
+from dptrain_tf.hooks import Call, Tap, Unit, find_units, trainable
+from dptrain_tf.rules import generic_uses
+from dptrain_tf.uses import ConvUse, DirectUse, Use, ghost_norm, per_example, square_sum
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class Batch:
+    """A physical batch of fixed shape.
+
+    Args:
+        x: inputs ``[B, ...]``; a list, tuple or mapping of tensors is passed to the model as it is, as Keras does.
+        y: targets ``[B, ...]``, passed to the loss as they are.
+        mask: bool ``[B]``; False marks padding, which has weight 0.
+    """
+
+    x: Any
+    y: Any
+    mask: Tensor
+
+
+@dataclass
+class Grads:
+    """A gradient sum on its way to release; opaque to the core.
+
+    Args:
+        sums: variable path -> sum over examples, in the order of ``trainable_variables``.
+        stats: sums that are NOT private: ``loss``, ``count``, ``clipped``, ``nonfinite``; for progress displays only.
+        identifiers: variable path -> identifier in the plan.
+    """
+
+    sums: dict[str, Tensor]
+    stats: dict[str, Tensor]
+    identifiers: dict[str, str]
+
+
+def call_model(model: Any, x: Any, training: bool) -> Any:
+    """Call a model on a tensor, or on a list, tuple or mapping of tensors, which Keras takes as one argument."""
+    return model(x, training=training)
+
+
+def batch_size(x: Any) -> int:
+    """B, from the first tensor of a batch."""
+    size = tf.nest.flatten(x)[0].shape[0]
+    if size is None:
+        raise ConfigError("The batch size is unknown inside tf.function; give every physical batch the same fixed size.")
+    return int(size)
+
+
+def example_losses(loss: Loss, output: Any, y: Any, batch: int) -> Tensor:
+    """Per-example losses ``[B]``, or a refusal.
+
+    Raises:
+        UnsupportedModelError: the loss is not one value per example.
+    """
+    losses = loss(y, output)
+    if not tf.is_tensor(losses) or losses.shape != (batch,):
+        shape = tuple(losses.shape) if tf.is_tensor(losses) else type(losses).__name__
+        raise UnsupportedModelError(
+            [f"the loss returned {shape} for a batch of {batch}: it must give one value per example; use reduction='none' and reduce each example's own values to one."]
+        )
+    return losses
+
+
+class Accumulator:
+    """Turns calls into squared norms per group while cotangents arrive, and into weighted sums after it.
+
+    Args:
+        plan: the plan; norm methods are read from it.
+        expected: parameter name -> number of uses in the forward pass.
+        owners: parameter name -> layers that use it.
+        keep: whether uses are kept for the weighted sum (book-keeping).
+    """
+
+    def __init__(self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], keep: bool) -> None:
+        self.plan, self.expected, self.owners, self.keep = plan, expected, owners, keep
+        self.group_of = {layer: group.name for group in plan.groups for layer in group.layers}
+        self.waiting: dict[str, list[Use]] = {}
+        self.ready: dict[str, list[Use]] = {}
+        self.squares: dict[str, Tensor] = {}
+
+    def __call__(self, call: Call) -> None:
+        """Take in one call; a parameter is finished when its last use has arrived."""
+        for name, use in call_uses(call).items():
+            uses = self.waiting.setdefault(name, [])
+            uses.append(use)
+            if len(uses) == self.expected[name]:
+                self.finish(name)
+
+    def finish(self, name: str) -> None:
+        """Norm of one parameter's per-sample gradient, from all its uses."""
+        uses = self.waiting.pop(name)
+        wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
+        direct = all(isinstance(use, DirectUse) for use in uses)
+        square = ghost_norm(uses) if wants_ghost and not direct else None
+        if square is None:
+            gradient = uses[0].instantiate()
+            for use in uses[1:]:
+                gradient = gradient + use.instantiate()
+            square, uses = square_sum(gradient), [DirectUse(gradient)]
+        group = self.group_of[self.owners[name][0]]
+        self.squares[group] = self.squares[group] + square if group in self.squares else square
+        if self.keep:
+            self.ready[name] = uses
+
+    def finish_all(self) -> None:
+        """Finish parameters some of whose uses never got a cotangent: those uses contribute zero."""
+        for name in list(self.waiting):
+            self.finish(name)
+
+    def norms(self) -> dict[str, Tensor]:
+        """Group -> norm ``[B]`` of each example's gradient."""
+        return {name: tf.sqrt(square) for name, square in self.squares.items()}
+
+
+def call_uses(call: Call) -> dict[str, Use]:
+    """Parameter name -> use, for the trainable parameters of one call."""
+    unit = call.unit
+    if unit.rule is None:
+        by_role = generic_uses(unit.layer, unit.variables, call.args, call.kwargs, call.cotangents, call.training)
+    else:
+        by_role = unit.rule.uses(unit.layer, call.input, call.cotangents[0])
+        for role, use in by_role.items():
+            if isinstance(use, ConvUse) and role in unit.params:
+                use.native = call.native(role)
+    return {name: by_role[role] for role, name in unit.params.items()}
+
+
+def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Group -> weight ``[B]`` of each example, and which examples are finite in every group.
+
+    Guarantee: padding and examples with a norm that is not finite have weight 0 in every group.
+    """
+    finite = tf.ones_like(valid)
+    for norm in norms.values():
+        finite = finite & tf.math.is_finite(norm)
+    weights = {}
+    for group in plan.groups:
+        if group.name in norms:
+            norm = norms[group.name]
+            w = clip_weight(plan.clipping or "abadi", norm, group.clip_norm, plan.gamma, lambda n, c: tf.maximum(n, tf.cast(c, n.dtype)))
+            weights[group.name] = tf.where(valid & finite, w, tf.zeros_like(w))
+    return weights, finite
+
+
+def owners_of(units: list[Unit]) -> dict[str, list[str]]:
+    """Parameter name -> names of the layers that use it."""
+    owners: dict[str, list[str]] = {}
+    for unit in units:
+        for name in unit.params.values():
+            owners.setdefault(name, []).append(unit.name)
+    return owners
+
+
+def identifiers(units: list[Unit]) -> dict[str, str]:
+    """Variable path -> identifier in the plan."""
+    return {unit.params[role]: identifier for unit in units for role, identifier in unit.identifiers.items()}
+
+
+def bounded_sum(
+    model: Any,
+    loss: Loss,
+    batch: Batch,
+    plan: Plan,
+    *,
+    two_pass: bool = False,
+    norms_out: dict[str, Tensor] | None = None,
+    training: bool = True,
+) -> Grads:
+    """``sum_i w_ik g_ik`` for every group k of a plan.
+
+    Args:
+        model: the user's model, built; left as it was.
+        loss: ``loss(y, output) -> [B]``.
+        batch: a physical batch.
+        plan: groups, clipping norms and norm methods.
+        two_pass: take the sum from a second backward pass.
+        norms_out: filled with group -> norms ``[B]``, for diagnostics.
+        training: the mode in which the model is called.
+    Returns:
+        The sums.
+    Raises:
+        UnsupportedModelError: the model or the loss cannot be bounded.
+    Guarantee: with a clipping plan, changing one example changes the sum of group k by a vector of norm at most its
+        ``norm_bound`` (twice for a replacement), up to ``mechanism.FLOAT_MARGIN``.
+    Source: math.md sections 1 to 3.
+    """
+    if not plan.needs_norms:
+        return plain_sum(model, loss, batch, training=training)
+    units, size = find_units(model, training), batch_size(batch.x)
+    known = {layer.name for layer in plan.layers}
+    if known != {unit.name for unit in units}:
+        raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
+    parameters = trainable(model)
+    with Tap(units, size, training, list(parameters.values()) if two_pass else None) as tap:
+        losses = example_losses(loss, call_model(model, batch.x, training), batch.y, size)
+    expected: dict[str, int] = {}
+    for call in tap.calls:
+        for name in call.unit.params.values():
+            expected[name] = expected.get(name, 0) + 1
+    owners = owners_of(units)
+    valid = batch.mask & tf.math.is_finite(losses)
+    accumulator = Accumulator(plan, expected, owners, keep=not two_pass)
+    tap.backward(losses, tf.cast(valid, losses.dtype), accumulator)
+    accumulator.finish_all()
+    norms = accumulator.norms()
+    if norms_out is not None:
+        norms_out.update(norms)
+    weights, finite = weights_of(plan, norms, valid)
+    stats = statistics(plan, losses, batch.mask, valid & finite, norms)
+    group_of = {name: accumulator.group_of[layers[0]] for name, layers in owners.items()}
+
+    def contract(clean: bool) -> dict[str, Tensor]:
+        sums = {}
+        for name, parameter in parameters.items():
+            value = tf.zeros(parameter.shape, parameter.dtype)
+            for use in accumulator.ready.get(name, ()):
+                w = weights[group_of[name]]
+                value = value + tf.cast((use if clean else use.keep(w > 0)).weighted_sum(w), value.dtype)
+            sums[name] = value
+        return sums
+
+    if two_pass:  # a non-finite example would poison the native sum
+        usable = tf.reduce_all((finite & valid) | ~batch.mask)
+        sums = tf.cond(
+            usable,
+            lambda: second_pass(parameters, tap.second, losses, weights, group_of),
+            lambda: bounded_sum(model, loss, batch, plan, training=training).sums,
+        )
+    else:
+        usable = tf.reduce_all(finite) & tf.reduce_all(tf.math.is_finite(losses))
+        sums = tf.cond(usable, lambda: contract(clean=True), lambda: contract(clean=False))
+    return Grads(sums, stats, identifiers(units))
+
+
+def second_pass(
+    parameters: Mapping[str, Any], tape: Any, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The same sums from a backward pass over the reweighted losses, one pass per group."""
+    sums: dict[str, Tensor] = {}
+    for group, w in weights.items():
+        names = [name for name in parameters if group_of[name] == group]
+        sums |= zip(names, gradients_of(tape, losses, [parameters[n] for n in names], tf.cast(w, losses.dtype)), strict=True)
+    return {n: sums[n] if n in sums else tf.zeros(p.shape, p.dtype) for n, p in parameters.items()}
+
+
+def gradients_of(tape: Any, losses: Tensor, variables: list[Any], w: Tensor) -> list[Tensor]:
+    """Dense gradients of the weighted loss; zeros where a variable is not used."""
+    zero = tf.UnconnectedGradients.ZERO
+    return [tf.convert_to_tensor(g) for g in tape.gradient(losses, [v.value for v in variables], w, unconnected_gradients=zero)]
+
+
+def plain_sum(model: Any, loss: Loss, batch: Batch, *, training: bool = True) -> Grads:
+    """The unclipped sum by ordinary backpropagation: what ``non_private`` and proven bounds need."""
+    parameters, size = trainable(model), batch_size(batch.x)
+    variables = list(parameters.values())
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([v.value for v in variables])
+        losses = example_losses(loss, call_model(model, batch.x, training), batch.y, size)
+    gradients = gradients_of(tape, losses, variables, tf.cast(batch.mask, losses.dtype))
+    zero = tf.zeros([])
+    total = tf.cast(tf.reduce_sum(per_example(batch.mask, losses)), tf.float32)
+    stats = {"loss": total, "count": tf.reduce_sum(tf.cast(batch.mask, tf.float32)), "clipped": zero, "nonfinite": zero}
+    return Grads(dict(zip(parameters, gradients, strict=True)), stats, identifiers(find_units(model)))
+
+
+def statistics(plan: Plan, losses: Tensor, mask: Tensor, used: Tensor, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the batch for progress displays, in float32. NOT private (pitfalls.md G18)."""
+    clipped = tf.zeros_like(used)
+    for group in plan.groups:
+        if group.name in norms and group.clip_norm is not None:
+            clipped = clipped | (norms[group.name] > tf.cast(group.clip_norm, norms[group.name].dtype))
+    loss = tf.reduce_sum(per_example(used, losses))
+    found = {"loss": loss, "count": mask, "clipped": clipped & used, "nonfinite": mask & ~used}
+    return {name: tf.reduce_sum(tf.cast(value, tf.float32)) for name, value in found.items()}

@@ -1,0 +1,293 @@
+"""Tap a model: what each trainable layer received, and the cotangent at its output. Nothing stays on the user's objects.
+
+The tap shadows ``call`` on the layers' instances, and uncovers it when the forward pass is over. ``Layer.__call__`` has resolved
+masks, ``training`` and autocasting by then, and every kind of model goes through it. A fused activation is taken out during the
+call and applied after the tap. Cotangents arrive in one call of ``GradientTape.gradient`` with respect to the layers' outputs; the
+tape watches nothing else, so no weight gradient is computed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from dptrain.errors import UnsupportedModelError
+from dptrain.info import CONV, GENERIC
+from dptrain_tf.rules import WHOLE, Rule, children, is_float, mixes_examples, random_rate, role_of, rule_for
+
+# Roles of variables of layers without a rule, by the variable's own name; other names are their own role.
+ROLE_NAMES = {
+    "kernel": "weight", "depthwise_kernel": "weight", "embeddings": "weight", "gamma": "weight", "scale": "weight", "beta": "bias",
+}  # fmt: skip
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer that is tapped as a whole.
+
+    Args:
+        name: dotted path in the model, ``model`` for the root.
+        layer: the layer.
+        rule: the row of its class, or None for the slow method.
+        params: role -> name in ``trainable``, trainable ones only.
+        variables: role -> variable.
+        identifiers: role -> ``layer.role``; a tied variable carries its first owner's identifier.
+    """
+
+    name: str
+    layer: Any
+    rule: Rule | None
+    params: dict[str, str]
+    variables: dict[str, Any]
+    identifiers: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        """Kind of layer, for the planner."""
+        return self.rule.kind if self.rule else GENERIC
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a unit in the forward pass."""
+
+    unit: Unit
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    training: bool
+    outputs: list[Tensor]  # as the tape watches them
+    tape: tf.GradientTape | None = None  # from the weight to ``own_output``, where the framework's own contraction is wanted
+    own_output: Tensor | None = None
+    cotangents: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor the layer was called with."""
+        return next(x for x in (*self.args, *self.kwargs.values()) if tf.is_tensor(x))
+
+    def native(self, role: str) -> Callable[[Tensor], Tensor] | None:
+        """The framework's own weighted sum for a parameter; None in low precision, where it would lose the signal."""
+        tape, output, cotangent = self.tape, self.own_output, self.cotangents[0]
+        if tape is None or output is None or cotangent is None or output.dtype not in (tf.float32, tf.float64):
+            return None
+        value = self.unit.variables[role].value
+
+        def weighted(w: Tensor) -> Tensor:
+            return tape.gradient(output, value, cotangent * tf.reshape(tf.cast(w, cotangent.dtype), [-1] + [1] * (cotangent.shape.rank - 1)))
+
+        return weighted
+
+
+def trainable(model: Any) -> dict[str, Any]:
+    """The trainable variables by path, a tied one once; a path that two variables share is numbered."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for variable in model.trainable_variables:
+        if id(variable) not in seen:
+            seen.add(id(variable))
+            found[unused(variable.path, found)] = variable
+    return found
+
+
+def unused(name: str, taken: Any) -> str:
+    """The name, numbered if it is taken."""
+    count = 2
+    while (new := name if count == 2 and name not in taken else f"{name}#{count}") in taken:
+        count += 1
+    return new
+
+
+def dotted(path: str, root: Any) -> str:
+    """A Keras path as a dotted path relative to the root model."""
+    return path.removeprefix(f"{root.path or root.name}/").replace("/", ".")
+
+
+def find_units(model: Any, training: bool = False) -> list[Unit]:
+    """The layers to tap, every trainable parameter of the model in one of them.
+
+    Args:
+        model: any Keras layer or model that is built.
+        training: whether it will be called in training mode.
+    Returns:
+        Units, parents before children and siblings in their order.
+    Raises:
+        UnsupportedModelError: lists every layer that mixes examples or has settings that cannot be handled.
+    """
+    keys = {id(v): key for key, v in trainable(model).items()}
+    units: list[Unit] = []
+    problems: list[str] = []
+    inside: set[int] = set()
+    names: set[str] = set()
+    owners: dict[int, str] = {}
+    for layer in children(model):
+        shown = "model" if layer is model else dotted(layer.path or layer.name, model)
+        sentence = mixes_examples(layer)
+        if sentence:
+            problems.append(f"layer {shown!r}: {sentence}.")
+            inside.add(id(layer))
+        if id(layer) in inside:
+            continue
+        whole = isinstance(layer, WHOLE)
+        own = [v for v in (layer.trainable_variables if whole else layer._trainable_variables) if id(v) in keys]
+        if not own:
+            continue
+        rule = None if whole else rule_for(layer)
+        if rule is not None and (sentence := rule.problem(layer)):
+            problems.append(f"layer {shown!r}: {sentence}.")
+        shown = unused(shown, names)
+        names.add(shown)
+        if rule is not None:
+            by_role = {role_of(layer, v) or v.name: v for v in own}
+        else:  # the layer and everything below it is one unit
+            below = list(children(layer))
+            inside.update(id(child) for child in below)
+            by_role = {}
+            for v in {id(v): v for v in layer.trainable_variables if id(v) in keys}.values():
+                *parents, last = v.path.removeprefix(f"{layer.path or layer.name}/").split("/")
+                by_role[unused(".".join([*parents, ROLE_NAMES.get(last, last)]), by_role)] = v
+            if training and any(random_rate(child) > 0 for child in below):
+                problems.append(
+                    f"layer {shown!r}: {type(layer).__name__} has no fast rule and drops units at random inside, so its gradient "
+                    "cannot be rebuilt; set its dropout to 0."
+                )
+        identifiers = {role: owners.setdefault(id(v), f"{shown}.{role}") for role, v in by_role.items()}
+        units.append(Unit(shown, layer, rule, {role: keys[id(v)] for role, v in by_role.items()}, by_role, identifiers))
+    covered = {key for unit in units for key in unit.params.values()}
+    if not problems:
+        problems += [f"variable {key!r} belongs to no layer that could be tapped; create it with add_weight." for key in keys.values() if key not in covered]
+    if problems:
+        raise UnsupportedModelError(problems)
+    return units
+
+
+class Tap:
+    """Records the calls of units during one forward pass, and hands over their cotangents during one backward pass.
+
+    Args:
+        units: the units to record.
+        batch: examples B in the pass.
+        training: the mode of the pass.
+        watch: variables for ``second``, a tape of the same pass that gives weight gradients; None for no such tape.
+    """
+
+    def __init__(self, units: list[Unit], batch: int, training: bool = False, watch: list[Any] | None = None) -> None:
+        self.units, self.batch, self.training = units, batch, training
+        self.calls: list[Call] = []
+        self.problems: list[str] = []  # raised on leaving: Keras rewrites what is raised inside a call
+        self.tape = tf.GradientTape(watch_accessed_variables=False)
+        self.second = tf.GradientTape(persistent=True, watch_accessed_variables=False) if watch else None
+        self._watch = watch or []
+        self._graph = tf.compat.v1.get_default_graph()
+        self._tapes = ExitStack()
+        self._covered: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> Tap:
+        for tape in (self.tape, self.second):
+            if tape is not None:
+                self._tapes.enter_context(tape)
+        if self.second is not None:
+            self.second.watch([v.value for v in self._watch])
+        for unit in self.units:
+            own = unit.layer.__dict__
+            self._covered.append((unit.layer, own.get("call", ABSENT)))
+            own["call"] = self._shadow(unit, unit.layer.call)
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        while self._covered:
+            layer, before = self._covered.pop()
+            if before is ABSENT:
+                layer.__dict__.pop("call", None)
+            else:
+                layer.__dict__["call"] = before
+        self._tapes.close()
+        if self.problems and kind is None:
+            raise UnsupportedModelError(list(dict.fromkeys(self.problems)))
+
+    def _shadow(self, unit: Unit, call: Callable[..., Any]) -> Callable[..., Any]:
+        def shadow(*args: Any, **kwargs: Any) -> Any:
+            if tf.compat.v1.get_default_graph() is not self._graph:
+                self.problems.append(
+                    f"layer {unit.name!r} ({type(unit.layer).__name__}) is called inside a loop, a condition or a function of its own, "
+                    "where its output cannot be tapped; write the loop in Python."
+                )
+                return call(*args, **kwargs)
+            if unit.rule is None:
+                return self._tap_generic(unit, call, args, kwargs)
+            return self._tap_rule(unit, call, args, kwargs)
+
+        return shadow
+
+    def _tap_generic(self, unit: Unit, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = call(*args, **kwargs)
+        leaves = [self._watched(z) if is_float(z) else z for z in tf.nest.flatten(output)]
+        self.calls.append(Call(unit, args, kwargs, self.training, [z for z in leaves if is_float(z)]))
+        return tf.nest.pack_sequence_as(output, leaves)
+
+    def _tap_rule(self, unit: Unit, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert unit.rule is not None
+        own = unit.layer.__dict__
+        activation = own.get("activation")
+        inner = tf.GradientTape(persistent=True, watch_accessed_variables=False) if unit.rule.kind == CONV else None
+        try:
+            if activation is not None:
+                own["activation"] = None
+            with inner or ExitStack():
+                if inner is not None:
+                    inner.watch([v.value for v in unit.variables.values()])
+                z = call(*args, **kwargs)
+                if self.batch > 1 and z.shape.rank > 1 and z.shape[0] == 1:
+                    # Broadcast over the batch, as position embeddings are (G9): the same values, one row per example.
+                    z = tf.broadcast_to(z, [self.batch, *z.shape[1:]])
+                    args = tuple(map(self._broadcast, args))
+        finally:
+            if activation is not None:
+                own["activation"] = activation
+        watched = self._watched(z)
+        self.calls.append(Call(unit, args, kwargs, self.training, [watched], inner, z))
+        return watched if activation is None else activation(watched)
+
+    def _broadcast(self, x: Any) -> Any:
+        return tf.broadcast_to(x, [self.batch, *x.shape[1:]]) if tf.is_tensor(x) and x.shape.rank and x.shape[0] == 1 else x
+
+    def _watched(self, z: Tensor) -> Tensor:
+        watched = tf.identity(z)
+        if getattr(z, "_keras_mask", None) is not None:
+            watched._keras_mask = z._keras_mask
+        self.tape.watch(watched)
+        return watched
+
+    def backward(self, losses: Tensor, seed: Tensor, sink: Callable[[Call], None]) -> None:
+        """One backward pass from the losses to the tapped outputs, which computes no gradient of any parameter.
+
+        Args:
+            losses: per-example losses, computed inside the tap.
+            seed: their cotangent.
+            sink: called with each call whose cotangents are known, last call first; it must not keep the call.
+        """
+        gradients = self.tape.gradient(losses, [call.outputs for call in self.calls], seed)
+        if all(g is None for gs in gradients for g in gs):
+            raise UnsupportedModelError(["the loss depends on no trainable parameter, so nothing would be trained; unfreeze a layer."])
+        while self.calls:
+            call, found = self.calls.pop(), gradients.pop()
+            call.cotangents = [None if g is None else tf.convert_to_tensor(g) for g in found]
+            for g in call.cotangents:
+                if g is not None and (g.shape.rank == 0 or g.shape[0] != self.batch):
+                    raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
+            call.outputs = []
+            if any(g is not None for g in call.cotangents):
+                sink(call)
+
+
+def no_batch_axis(unit: Unit, shape: tuple[int, ...], batch: int) -> str:
+    """The sentence for an output whose first axis is not the batch."""
+    return (
+        f"layer {unit.name!r} ({type(unit.layer).__name__}): its output has shape {shape} for a batch of {batch}, so examples cannot be "
+        f"told apart; give it inputs whose first axis is the batch (ids expanded to [B, T])."
+    )

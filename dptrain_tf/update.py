@@ -1,0 +1,125 @@
+"""From a sum of per-sample gradients to new weights: accumulate, reduce, add noise, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dptrain.errors import ConfigError
+from dptrain.plan import Plan
+from dptrain.randomness import StepNoise
+from dptrain_tf.gradients import Grads, identifiers, trainable
+from dptrain_tf.hooks import find_units
+
+STATS = ("loss", "count", "clipped", "nonfinite")
+
+
+def zeros(model: Any) -> Grads:
+    """The empty sum: what an empty logical batch releases, before noise (pitfalls.md G17)."""
+    sums = {name: tf.zeros(v.shape, v.dtype) for name, v in trainable(model).items()}
+    return Grads(sums, {name: tf.zeros([]) for name in STATS}, identifiers(find_units(model)))
+
+
+def add(total: Grads, part: Grads) -> Grads:
+    """The sum of two partial sums.
+
+    Args:
+        total: sum so far.
+        part: sum of another physical batch of the same logical batch.
+    Returns:
+        A new sum; the arguments stay as they are.
+    """
+    sums = {name: value + part.sums[name] for name, value in total.sums.items()}
+    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()}, total.identifiers)
+
+
+def reduce(total: Grads) -> Grads:
+    """The sum over all workers: an all-reduce in a replica of ``tf.distribute``, the identity on one process."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return total
+    names = list(total.sums)
+    reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [total.sums[name] for name in names])
+    return Grads(dict(zip(names, reduced, strict=True)), total.stats, total.identifiers)
+
+
+def group_of_parameter(plan: Plan) -> dict[str, str]:
+    """Parameter identifier -> group name."""
+    groups = {layer: group.name for group in plan.groups for layer in group.layers}
+    return {param: groups[layer.name] for layer in reversed(plan.layers) for param in layer.params}
+
+
+def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
+    """Add Gaussian noise to the sum of every trainable parameter, used in this step or not. Not for ``tf.function``.
+
+    Args:
+        total: the sum over the whole logical batch and all workers.
+        plan: says which group a parameter belongs to.
+        stds: group name -> standard deviation.
+        noise: the noise of this release, used for nothing else.
+    Returns:
+        The released sums.
+    Raises:
+        KeyError: a parameter is in no group, so that nothing is ever released without noise.
+        ConfigError: called while a ``tf.function`` is traced, where the noise would become a constant.
+    Guarantee: with ``stds`` from ``GaussianMechanism`` this is one Gaussian mechanism with the stated noise multiplier.
+    Source: math.md section 1.
+    """
+    if not tf.executing_eagerly():
+        raise ConfigError("privatize was called inside tf.function, which would freeze the noise to one draw; call it eagerly.")
+    groups, sums = group_of_parameter(plan), {}
+    for stream, (name, value) in enumerate(total.sums.items()):
+        dtype = np.float64 if value.dtype == tf.float64 else np.float32
+        drawn = tf.cast(noise.normal(stream, tuple(value.shape), dtype), value.dtype)
+        sums[name] = value + stds[groups[total.identifiers[name]]] * drawn
+    return Grads(sums, total.stats, total.identifiers)
+
+
+_compiled: WeakKeyDictionary[Any, Callable[..., None]] = WeakKeyDictionary()
+
+
+def compiled_apply(optimizer: Any, variables: list[Any]) -> Callable[..., None]:
+    """One ``tf.function`` per optimizer that scales the gradients and applies them."""
+    if optimizer not in _compiled:
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ConfigError("LossScaleOptimizer divides gradients by a scale that is not used here; pass the optimizer inside it.")
+        if not optimizer.built:
+            optimizer.build(variables)
+        step, members = optimizer.apply, list(variables)  # a bound method would keep the dictionary's key alive
+
+        def apply_scaled(gradients: list[Any], scale: Any) -> None:
+            step([g * tf.cast(scale, g.dtype) for g in gradients], members)
+
+        _compiled[optimizer] = tf.function(apply_scaled)
+    return _compiled[optimizer]
+
+
+def apply(model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
+    """One optimizer step on the released sum.
+
+    Args:
+        model: the model.
+        optimizer: any Keras optimizer; built here if need be.
+        released: the output of ``privatize``.
+        scale: ``1 / (q N)``, a constant.
+        learning_rate: of this step.
+    Raises:
+        ConfigError: the optimizer has a schedule of its own, or scales losses.
+    """
+    parameters = trainable(model)
+    try:
+        optimizer.learning_rate = learning_rate
+    except TypeError as error:
+        raise ConfigError("The optimizer has a learning-rate schedule of its own; give it a number, the schedule is dptrain's.") from error
+    compiled_apply(optimizer, list(parameters.values()))([released.sums[name] for name in parameters], tf.constant(scale, tf.float64))
+
+
+def project(model: Any, plan: Plan) -> None:
+    """Restore the constraints that a proven bound rests on; clipping plans have none."""
+    if plan.project:
+        raise TypeError(f"strategy {plan.strategy!r} asks for a projection, and this model has no constrained layer")

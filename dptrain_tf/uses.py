@@ -1,0 +1,291 @@
+"""One use of one parameter in one call of a layer: its per-sample gradient, its norm without it, its weighted sum.
+
+A parameter's per-sample gradient is the sum over its uses. Its squared norm is therefore the sum over ALL pairs of uses of their
+inner products, cross terms included (math.md section 2): that is how tied weights and layers called twice come out exact.
+
+    instantiate()      per-sample gradient                    [B, *shape]
+    inner(other)       <G_i, G'_i> without instantiating      [B]
+    weighted_sum(w)    sum_i w_i G_i                          [*shape]
+
+Shapes: B examples, T positions, D fan-in, p fan-out, d width of an embedding. Channels are last, and ``shape`` is that of the
+Keras variable, which is ``[D, p]`` where torch has ``[p, D]``. Shapes are static: a physical batch has a fixed size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from dptrain.mechanism import FLOAT_MARGIN
+
+
+def wide(x: Tensor) -> Tensor:
+    """Norms and contractions are taken in float32 at least (pitfalls.md G11)."""
+    return tf.cast(x, tf.float32) if x.dtype in (tf.float16, tf.bfloat16) else x
+
+
+def column(w: Tensor, like: Tensor) -> Tensor:
+    """``[B]`` as ``[B, 1, ...]``, in the type and rank of another tensor."""
+    w = tf.reshape(w, [-1] + [1] * (like.shape.rank - 1))
+    return w if w.dtype == tf.bool else tf.cast(w, like.dtype)
+
+
+def per_example(flags: Tensor, x: Tensor) -> Tensor:
+    """Zero the examples whose flag is False, by selection, since 0 * NaN is NaN."""
+    return tf.where(column(flags, x), x, tf.zeros_like(x))
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Sum of squares of each example, ``[B]``."""
+    return tf.reduce_sum(tf.square(x), axis=list(range(1, x.shape.rank)))
+
+
+@dataclass(eq=False)
+class Use:
+    """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
+
+    ghost = False
+
+    def instantiate(self) -> Tensor:
+        """Per-sample gradient ``[B, *shape]``."""
+        raise TypeError(f"{type(self).__name__} cannot be instantiated")
+
+    def inner(self, other: Use) -> Tensor | None:
+        """Inner product with another use's per-sample gradient, ``[B]``; None where no ghost formula joins the two."""
+        return None
+
+    def magnitude(self) -> Tensor:
+        """``sum_t |a_t| |g_t|`` per channel group, ``[B, groups]``: bounds the rounding error of ``inner``."""
+        raise TypeError(f"{type(self).__name__} has no ghost norm")
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        """``sum_i w_i G_i``, of the parameter's shape."""
+        gradient = self.instantiate()
+        return tf.tensordot(tf.cast(w, gradient.dtype), gradient, axes=1)
+
+    def keep(self, finite: Tensor) -> Use:
+        """The same use with the examples zeroed whose flag is False."""
+        raise TypeError(f"{type(self).__name__} cannot be masked")
+
+
+@dataclass(eq=False)
+class DirectUse(Use):
+    """A per-sample gradient that is at hand: biases, normalisation layers, the slow method."""
+
+    gradient: Tensor  # [B, *shape]
+
+    def instantiate(self) -> Tensor:
+        return self.gradient
+
+    def keep(self, finite: Tensor) -> Use:
+        return DirectUse(per_example(finite, self.gradient))
+
+
+@dataclass(eq=False)
+class LinearUse(Use):
+    """``z = a W``: ``G_i = a_i^T g_i``. For a weight stored as ``[p, D]`` the roles of ``a`` and ``g`` are swapped."""
+
+    a: Tensor  # [B, T, D]
+    g: Tensor  # [B, T, p]
+    shape: tuple[int, ...]  # of the weight: [D, p], or with either axis split
+    ghost = True
+
+    def instantiate(self) -> Tensor:
+        return tf.reshape(tf.matmul(self.a, self.g, transpose_a=True), [-1, *self.shape])
+
+    def inner(self, other: Use) -> Tensor | None:
+        if isinstance(other, EmbeddingUse):
+            return other.inner(self)
+        if not isinstance(other, LinearUse) or (self.a.shape[2], self.g.shape[2]) != (other.a.shape[2], other.g.shape[2]):
+            return None
+        if self.a.shape[1] == 1 and other.a.shape[1] == 1:
+            return tf.reduce_sum(self.a * other.a, [1, 2]) * tf.reduce_sum(self.g * other.g, [1, 2])
+        gram_a = tf.matmul(self.a, other.a, transpose_b=True)  # [B, T, T']
+        return tf.reduce_sum(gram_a * tf.matmul(self.g, other.g, transpose_b=True), [1, 2])
+
+    def magnitude(self) -> Tensor:
+        if self.a.shape[1] == 1:  # one position: a product of two sums of squares, nothing cancels
+            return tf.zeros([self.a.shape[0], 1], self.a.dtype)
+        return tf.reduce_sum(tf.norm(self.a, axis=2) * tf.norm(self.g, axis=2), axis=1, keepdims=True)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        a = tf.reshape(self.a, [-1, self.a.shape[2]])
+        g = tf.reshape(self.g * column(w, self.g), [-1, self.g.shape[2]])
+        return tf.reshape(tf.matmul(a, g, transpose_a=True), self.shape)
+
+    def keep(self, finite: Tensor) -> Use:
+        return replace(self, a=per_example(finite, self.a), g=per_example(finite, self.g))
+
+
+@dataclass(eq=False)
+class EmbeddingUse(Use):
+    """A table lookup: row ``v`` of ``G_i`` is the sum of ``g_t`` over the positions with ``id_t = v``."""
+
+    ids: Tensor  # [B, T], int64
+    g: Tensor  # [B, T, d]
+    rows: int
+    ghost = True
+
+    def segments(self, ids: Tensor, count: int) -> Tensor:
+        """``[B, count, d]``: the sum of ``g`` over equal ``ids`` within each example."""
+        batch, _, width = self.g.shape
+        offset = tf.range(batch, dtype=ids.dtype)[:, None] * count
+        flat = tf.math.unsorted_segment_sum(tf.reshape(self.g, [-1, width]), tf.reshape(ids + offset, [-1]), batch * count)
+        return tf.reshape(flat, [batch, count, width])
+
+    def instantiate(self) -> Tensor:
+        return self.segments(self.ids, self.rows)
+
+    def inner(self, other: Use) -> Tensor | None:
+        if other is self:  # segment sums over equal ids: O(B T d), the table is never written
+            order = tf.argsort(self.ids, axis=1, stable=True)
+            ids = tf.gather(self.ids, order, batch_dims=1)
+            change = tf.cast(ids[:, 1:] != ids[:, :-1], tf.int64)
+            segment = tf.cumsum(tf.pad(change, [[0, 0], [1, 0]]), axis=1)
+            ordered = replace(self, ids=ids, g=tf.gather(self.g, order, batch_dims=1))
+            return square_sum(ordered.segments(segment, self.ids.shape[1]))
+        if isinstance(other, EmbeddingUse):
+            same = self.ids[:, :, None] == other.ids[:, None, :]  # [B, T, T']
+            gram = tf.matmul(self.g, other.g, transpose_b=True)
+            return tf.reduce_sum(tf.where(same, gram, tf.zeros_like(gram)), [1, 2])
+        if isinstance(other, LinearUse) and (other.a.shape[2], other.g.shape[2]) == (self.rows, self.g.shape[2]):
+            # Tied embedding and output matrix: both have the table's layout [rows, d].
+            picked = tf.gather(other.a, self.ids, axis=2, batch_dims=1)  # [B, T', T]
+            return tf.reduce_sum(tf.matmul(other.g, self.g, transpose_b=True) * picked, [1, 2])
+        return None
+
+    def magnitude(self) -> Tensor:
+        return tf.zeros([self.g.shape[0], 1], self.g.dtype)  # the norm is that of the gradient's own rows: nothing cancels
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        g = tf.reshape(self.g * column(w, self.g), [-1, self.g.shape[2]])
+        return tf.math.unsorted_segment_sum(g, tf.reshape(self.ids, [-1]), self.rows)
+
+    def keep(self, finite: Tensor) -> Use:
+        return replace(self, g=per_example(finite, self.g))
+
+
+@dataclass(eq=False)
+class ConvUse(Use):
+    """A convolution of any rank, written as the map from ``x`` to positions of ``g``; a transposed one has the roles swapped.
+
+    Nothing is unfolded: ``tf.image.extract_patches`` was twice as slow as one strided slice of the padded input per kernel tap.
+    """
+
+    x: Tensor  # [B, *S, C], not padded
+    g: Tensor  # [B, *T, p]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    pads: tuple[tuple[int, int], ...]  # before and after, per axis
+    shape: tuple[int, ...]  # of the weight: [*kernel, C / groups, p], or depthwise [*kernel, C, p / C]
+    native: Callable[[Tensor], Tensor] | None = None  # the framework's own weighted sum, where its precision is enough
+    ghost = True
+
+    def padded(self) -> Tensor:
+        """The input padded exactly as the layer does it, so that what follows is a convolution with padding 0 (G3)."""
+        if not any(map(any, self.pads)):
+            return self.x
+        return tf.pad(self.x, [(0, 0), *self.pads, (0, 0)])
+
+    def offsets(self) -> list[tuple[slice, ...]]:
+        """For each kernel tap, the slices of the padded input that it meets at the output positions."""
+        out = self.g.shape[1:-1]
+        taps = product(*(range(k) for k in self.kernel))
+        return [
+            tuple(slice(k * d, k * d + r * (t - 1) + 1, r) for k, d, r, t in zip(tap, self.dilation, self.stride, out, strict=True))
+            for tap in taps
+        ]
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """``[B, *S, C]`` as ``[B, S, groups, C / groups]``, or ``[B, S, C]`` where there is one group."""
+        split = [self.groups, x.shape[-1] // self.groups] if self.groups > 1 else [x.shape[-1]]
+        return tf.reshape(x, [x.shape[0], math.prod(x.shape[1:-1]), *split])
+
+    def contract(self, g: Tensor, out: str) -> Tensor:
+        """``out = "b"``: per-sample gradients for the cotangents ``g``; ``out = ""``: their sum."""
+        g, padded, taps = self.grouped(g), self.padded(), []
+        for where in self.offsets():
+            x = self.grouped(padded[(slice(None), *where)])
+            if self.groups == 1 and out:
+                taps.append(tf.matmul(x, g, transpose_a=True))  # [B, C, p]
+            elif self.groups == 1:
+                taps.append(tf.tensordot(x, g, axes=((0, 1), (0, 1))))
+            elif x.shape[-1] == 1:  # depthwise
+                taps.append(tf.reduce_sum(x * g, axis=1 if out else (0, 1)))
+            else:
+                taps.append(tf.einsum(f"btkc,btkq->{out}ckq", x, g))
+        batch = [self.x.shape[0]] if out else []
+        return tf.reshape(tf.stack(taps, axis=len(batch)), [*batch, *self.shape])
+
+    def instantiate(self) -> Tensor:
+        return self.contract(self.g, "b")
+
+    def inner(self, other: Use) -> Tensor | None:
+        if not isinstance(other, ConvUse) or (self.shape, self.groups) != (other.shape, other.groups):
+            return None
+        k, b = self.groups, self.x.shape[0]
+        one_x = self.padded()
+        two_x = one_x if other is self else other.padded()
+        s, t, s2, t2 = one_x.shape[1:-1], self.g.shape[1:-1], two_x.shape[1:-1], other.g.shape[1:-1]
+
+        def rows(u: Tensor) -> Tensor:
+            u = self.grouped(u)
+            return u if k == 1 else tf.reshape(tf.transpose(u, [0, 2, 1, 3]), [b * k, u.shape[1], u.shape[3]])
+
+        # Gram matrix of the input itself, not unfolded
+        gram_x = tf.reshape(tf.matmul(rows(one_x), rows(two_x), transpose_b=True), [b * k, *s, *s2])
+        gram_g = tf.reshape(tf.matmul(rows(self.g), rows(other.g), transpose_b=True), [b * k, *t, *t2])
+        total: Any = 0
+        for one, two in zip(self.offsets(), other.offsets(), strict=True):  # math.md section 2: shifted copies
+            total = total + gram_x[(slice(None), *one, *two)]
+        return tf.reduce_sum(tf.reshape(total * gram_g, [b, -1]), axis=1)
+
+    def magnitude(self) -> Tensor:
+        k, b = self.groups, self.x.shape[0]
+
+        def energies(u: Tensor) -> Tensor:  # [B, *S, groups]
+            return tf.reduce_sum(tf.square(tf.reshape(u, [*u.shape[:-1], k, u.shape[-1] // k])), axis=-1)
+
+        energy = energies(self.padded())
+        patch: Any = sum(energy[(slice(None), *where)] for where in self.offsets())
+        return tf.reduce_sum(tf.reshape(tf.sqrt(patch) * tf.sqrt(energies(self.g)), [b, -1, k]), axis=1)
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        return self.native(w) if self.native else self.contract(self.g * column(w, self.g), "")
+
+    def keep(self, finite: Tensor) -> Use:
+        return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g), native=None)
+
+
+def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
+    """Squared norm of a parameter's per-sample gradient from all pairs of its uses.
+
+    Args:
+        uses: every use of the parameter.
+    Returns:
+        ``[B]``, or None where some pair has no ghost formula.
+    Guarantee: rounding cannot hide more than ``FLOAT_MARGIN`` of a norm. Terms of the double sum over positions may cancel, and
+        then the rounding of ``|a_t| |a_u| |g_t| |g_u|``, which ``magnitude`` sums, can exceed the result. Where that threatens, the
+        possible error is added, so that the norm is over-estimated and the example is clipped more.
+    Source: math.md section 2; pitfalls.md G1 and G11; Higham and Mary 2019 for the size of rounding errors in long sums.
+    """
+    total: Any = 0
+    for i, one in enumerate(uses):
+        for j in range(i + 1):
+            value = one.inner(uses[j])
+            if value is None:
+                return None
+            total = total + (value if i == j else 2 * value)
+    total = tf.maximum(total, tf.zeros_like(total))
+    reach: Any = sum(use.magnitude() for use in uses)
+    doubt = 2 * float(np.finfo(total.dtype.as_numpy_dtype).eps) * tf.reduce_sum(tf.square(reach), axis=1)
+    return tf.where(doubt > 2 * FLOAT_MARGIN * total, total + doubt, total)
