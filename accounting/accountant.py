@@ -7,7 +7,7 @@ on it. Accountants are stateless and return upper bounds only: a number that is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from enum import Enum
+from enum import StrEnum
 from importlib import import_module
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from accounting.errors import AccountingError
 from accounting.events import Events
 
 
-class NeighboringRelation(str, Enum):
+class NeighboringRelation(StrEnum):
     """What one person can change: which pairs of data sets the guarantee compares.
 
     `zero_out` (one example replaced by an all-zero contribution) gives the same numbers as `add_remove`.

@@ -177,7 +177,8 @@ def calibrate_noise_multiplier(
     if good == -math.log(smallest):
         raise AccountingError(
             f"{where}: even noise multiplier {smallest:g} stays within epsilon {budget.target:g} at delta"
-            f" {budget.delta:g}, because an example is hardly ever sampled; use a smaller delta, or choose the noise yourself."
+            f" {budget.delta:g}, because an example is hardly ever sampled; use a smaller delta, or choose the noise"
+            " yourself."
         )
     return math.exp(-good)
 

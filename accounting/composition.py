@@ -128,7 +128,7 @@ def choose_window(
     # At tiny sample rates the loss has a tail so heavy that the saddle point sits far out in it, where the tilted
     # distribution is as wide as the tail. A smaller tilt costs accuracy of the FFT (which is counted) and fits.
     releases = sum(count for _, count in parts)
-    for tilt in (saddle, saddle / 8, 0.0):
+    for tilt in (saddle, saddle / 3, saddle / 8, 0.0):
         at_saddle = tilt == saddle and saddle > 0
         # Away from the saddle point the rounding error counts e^(K - tilt eps) / delta times; require it to stay small.
         if best is not None and steer.value(tilt) - log_delta + math.log(64 * _EPS * releases) > _ROUNDING_SHARE:
@@ -251,7 +251,9 @@ class Composition:
                 return float(min(0.0, np.logaddexp(finite, self.log_infinite)))
             if not len(masses):
                 return -math.inf
-            total = self._sum(epsilon, np.maximum(masses - self.rounding, 0.0), start) - self.outside
+            total = self._sum(epsilon, np.maximum(masses - self.rounding, 0.0), start)
+            # Aliased mass, at its largest possible weight: max over x of e^(-tilt x) (1 - e^-x) <= 1 / (1 + tilt).
+            total -= self.outside / (1.0 + self.tilt)
             return self.log_mgf - self.tilt * epsilon + math.log(total) - drift if total > 0 else -math.inf
 
     def epsilon(self, log_delta: float, *, upper: bool) -> float:

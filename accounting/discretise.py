@@ -4,8 +4,8 @@ P, Q is the dominating pair of the release, the loss is log(P/Q) at x drawn from
 grid losses carries masses (P_j, Q_j):
 
 - above: split P_j between the two ends so that both masses are kept ("Connect the Dots", Doroshenko et al. 2022,
-  arXiv:2207.04380, algorithm 1). The hockey-stick divergence can only grow. Computed cell by cell from normal tails, not from
-  second differences of delta: those lose everything once the grid is finer than about 1e-6.
+  arXiv:2207.04380, algorithm 1). The hockey-stick divergence can only grow. Computed cell by cell from normal tails,
+  not from second differences of delta: those lose everything once the grid is finer than about 1e-6.
 - below: merge the cell into one outcome (post-processing) of loss log(P_j/Q_j), cells placed so that this lies just
   above a grid point, then round down.
 """
@@ -55,7 +55,8 @@ class GridLoss:
 
     def losses(self, interval: float) -> Array:
         """Returns the losses (nats) that carry the masses."""
-        return (self.first + np.arange(len(self.mass))) * interval + self.shift
+        points: Array = (self.first + np.arange(len(self.mass), dtype=np.float64)) * interval + self.shift
+        return points
 
 
 def _log_mix(w: Array, q: float) -> Array:
@@ -70,7 +71,7 @@ def _log_mix(w: Array, q: float) -> Array:
 def _forward_loss(pair: Pair, z: Array) -> Array:
     """Returns the loss of "remove" or "replace" at z standard deviations; increasing in z."""
     mu = pair.shift
-    loss = _log_mix(mu * z - mu * mu / 2, pair.q)
+    loss: Array = _log_mix(mu * z - mu * mu / 2, pair.q)
     if pair.direction == "replace":
         loss = loss - _log_mix(-mu * z - mu * mu / 2, pair.q)
     return loss

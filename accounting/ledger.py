@@ -18,9 +18,11 @@ from accounting.errors import AccountingError, LedgerError, check_count
 from accounting.events import SampledGaussian
 
 try:
-    import fcntl
-except ImportError:  # pragma: no cover - not on this platform
-    fcntl = None  # type: ignore[assignment]
+    import fcntl as _fcntl
+except ImportError:  # pragma: no cover - a platform without advisory locks
+    _flock: Any = None
+else:
+    _flock = _fcntl
 
 _VERSION = 1
 _HEADER_KEY = "dptrain_ledger"
@@ -254,11 +256,11 @@ class PrivacyLedger:
             raise LedgerError(f"ledger {self._path}: cannot be written ({error.strerror}); free some space.") from error
 
     def _lock(self) -> None:
-        if fcntl is None:  # pragma: no cover - not on this platform
+        if _flock is None:  # pragma: no cover - a platform without advisory locks
             return
         assert self._fd is not None
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock.flock(self._fd, _flock.LOCK_EX | _flock.LOCK_NB)
         except BlockingIOError:
             self.close()
             raise LedgerError(

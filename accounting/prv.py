@@ -1,8 +1,8 @@
 """`prv`: numerical composition of the privacy loss distribution. Near exact, always from above.
 
-The loss of one release is rounded up to a grid (`discretise`) and composed by FFT (`composition`), on two or three grids;
-the smallest of these bounds and of `rdp` is reported. The loss rounded down gives a certified lower value, so the gap is
-visible. Full-batch releases (sample rate 1) compose to one Gaussian in closed form.
+The loss of one release is rounded up to a grid (`discretise`) and composed by FFT (`composition`), on two or three
+grids; the smallest of these bounds and of `rdp` is reported. The loss rounded down gives a certified lower value, so
+the gap is visible. Full-batch releases (sample rate 1) compose to one Gaussian in closed form.
 
 Both steps are our own because dp-accounting's lose what is needed here: its second differences of delta fail on grids
 finer than about 1e-6, and its FFT has an absolute error of 1e-16 per release. Its distributions are the test oracle.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # show how much is left; if that is still too much, a third one is tried.
 _SPACINGS = (1 / 8, 1 / 16)
 _FINE = 1 / 48
-_LOWER = 1 / 24
+_LOWER = 1 / 48
 # Excess left in epsilon (relative) and in log delta that is good enough.
 _GOOD = 4e-4
 _GOOD_LOG_DELTA = 4e-3

@@ -20,8 +20,9 @@ from accounting.events import Events, SampledGaussian, normalise
 Pairs = tuple[tuple[SampledGaussian, int], ...]
 
 # Orders are 1 + 10^(k / _PER_DECADE): a fixed lattice, so that log-moments are cached across calls.
-_PER_DECADE = 64
-_COARSE = 16
+# Fine, because at tiny sample rates the best order is a sharp kink.
+_PER_DECADE = 256
+_COARSE = 64
 _FIRST, _LAST = -4 * _PER_DECADE, 7 * _PER_DECADE
 # autodp tabulates binomials up to here; larger orders are ours alone.
 _AUTODP_MAX_ORDER = 100
@@ -144,7 +145,8 @@ class RDPAccountant:
 
     def _best(self, pairs: Pairs, bound: Callable[[float, float], float]) -> float:
         value, order = _minimise(lambda a: bound(a, _log_moment(pairs, a, self._replace_one)))
-        if self._replace_one or len(pairs) > _AUTODP_MAX_EVENTS or order > _AUTODP_MAX_ORDER - 1:
+        foreign = self._replace_one and any(event.sample_rate < 1.0 for event, _ in pairs)
+        if foreign or len(pairs) > _AUTODP_MAX_EVENTS or order > _AUTODP_MAX_ORDER - 1:
             return value
         import numpy as np
 

@@ -7,6 +7,7 @@ A run directory holds ``config.yaml``, ``run.json`` (backend, config hash, calib
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -70,26 +71,41 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write named arrays as safetensors, atomically."""
+    """Write named arrays as safetensors, atomically, with a digest of everything in the metadata."""
     from safetensors.numpy import save
 
-    plain = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    atomic_write(path, save(plain, metadata=dict(metadata)))
+    plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    atomic_write(path, save(plain, metadata={**metadata, "sha256": digest(plain, metadata)}))
+
+
+def digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of named arrays and metadata; safetensors itself would read a damaged weight as another weight."""
+    total = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, value in sorted(arrays.items()):
+        total.update(repr((name, value.dtype.str, value.shape)).encode())
+        total.update(np.asarray(value, order="C").tobytes())
+    return total.hexdigest()
 
 
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read named arrays and their metadata.
 
     Raises:
-        RunError: missing, truncated, or not safetensors.
+        RunError: missing, truncated, damaged, or not safetensors.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RunError(f"{path} is not a readable safetensors file ({error}); restore it or start in another --out directory.") from None
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path} is not a readable safetensors file ({reason}); restore it or start in another --out directory.") from None
+    stated = metadata.pop("sha256", None)
+    if stated is not None and stated != digest(arrays, metadata):
+        raise RunError(f"{path} is damaged, its digest does not match; restore it or start in another --out directory.")
+    return arrays, metadata
 
 
 @dataclass(frozen=True)

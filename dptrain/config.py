@@ -6,9 +6,11 @@ errors. Files are YAML or TOML; ``--set a.b=c`` overrides single values.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,11 +27,13 @@ from dptrain.models import ModelConfig
 from dptrain.strategies import StrategyConfig
 from dptrain.strategies.clipping import MixedGhost
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
+Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
+NAMED_PARTS = ("model", "data", "strategy", "optimizer")  # ``strategy: ghost`` stands for ``strategy: {name: ghost}``
 
 
 class Part(BaseModel):
@@ -77,7 +81,7 @@ class Privacy(Part):
     accountant: Literal["prv", "rdp"] = "prv"
     relation: NeighboringRelation = NeighboringRelation.add_remove
     allocation: Allocation = "global"
-    unsafe_seed: Annotated[int, Field(ge=0, strict=True)] | None = None
+    unsafe_seed: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _one_budget(self) -> Privacy:
@@ -126,11 +130,18 @@ class Sampling(Part):
         return self.expected_batch_size / num_examples
 
     def num_steps(self, num_examples: int) -> int:
-        """The number of steps for a data set of N examples."""
+        """The number of steps for a data set of N examples.
+
+        Raises:
+            ConfigError: the expected batch is larger than the data set, or the number is beyond any run.
+        """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, math.ceil(self.epochs / self.rate(num_examples) - 1e-9))
+        steps = self.epochs / self.rate(num_examples)
+        if not steps < 2.0**53:
+            raise ConfigError(f"sampling.epochs {self.epochs:g} means {steps:g} steps, more than anyone can run; lower it.")
+        return max(1, math.ceil(steps - 1e-9))
 
 
 class OptimizerConfig(Part):
@@ -147,10 +158,10 @@ class OptimizerConfig(Part):
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: Positive = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
     weight_decay: NonNegative = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 0
+    warmup_steps: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _fields_fit(self) -> OptimizerConfig:
@@ -196,7 +207,7 @@ class Performance(Part):
     precision: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     checkpoint_every: PositiveInt = 25
-    evaluate_every: Annotated[int, Field(ge=0, strict=True)] = 0
+    evaluate_every: NonNegativeInt = 0
 
 
 class TrainConfig(Part):
@@ -216,14 +227,14 @@ class TrainConfig(Part):
     optimizer: OptimizerConfig = OptimizerConfig()
     performance: Performance = Performance()
     loss: LossName = "cross_entropy"
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: NonNegativeInt = 0
 
     @model_validator(mode="before")
     @classmethod
     def _short_names(cls, raw: Any) -> Any:
         """``strategy: ghost`` stands for ``strategy: {name: ghost}``; the same for model, data and optimizer."""
         if isinstance(raw, Mapping):
-            return {k: {"name": v} if k in ("model", "data", "strategy", "optimizer") and isinstance(v, str) else v for k, v in raw.items()}
+            return {k: {"name": v} if k in NAMED_PARTS and isinstance(v, str) else v for k, v in raw.items()}
         return raw
 
     @model_validator(mode="after")
@@ -261,7 +272,7 @@ class TrainConfig(Part):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise ConfigError(explain(error, where)) from None
+            raise ConfigError(explain(error, where, raw)) from None
 
     def replace(self, **parts: Any) -> TrainConfig:
         """A copy with other parts, validated again.
@@ -285,8 +296,11 @@ class TrainConfig(Part):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the canonical JSON form, first 16 hexadecimal digits; the same in both frameworks."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the canonical JSON form, first 16 hexadecimal digits; the same in both frameworks.
+
+        Keys stand in the order of the fields, whatever the file's; the order of ``strategy.grouping`` has a meaning and counts.
+        """
+        text = json.dumps(self.to_dict(), separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -348,7 +362,10 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     """
     import yaml
 
-    result: dict[str, Any] = json.loads(json.dumps(raw, default=str))
+    try:
+        result: dict[str, Any] = copy.deepcopy(dict(raw))
+    except RecursionError:
+        raise ConfigError("The configuration is nested too deeply; check its sections.") from None
     for item in overrides:
         key, equals, value = item.partition("=")
         path = key.strip().split(".")
@@ -357,45 +374,90 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         node = result
         for part in path[:-1]:
             child = node.get(part)
-            if isinstance(child, str) and part in ("model", "data", "strategy", "optimizer"):
+            if isinstance(child, str) and part in NAMED_PARTS:
                 child = {"name": child}
             node[part] = child if isinstance(child, dict) else {}
             node = node[part]
         try:
             node[path[-1]] = yaml.load(value, YamlLoader())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"The value of the override {item!r} is not valid YAML: {one_line(error)}.") from None
     return result
 
 
-def explain(error: ValidationError, where: str) -> str:
+def explain(error: ValidationError, where: str, raw: Any) -> str:
     """All problems of a pydantic error as sentences with dotted paths.
 
     Args:
         error: the error.
         where: the source of the values.
+        raw: the values; they tell the keys that a person wrote from pydantic's own names for the branches of a union.
     Returns:
         One line for one problem, a list for several.
     """
-    problems: list[str] = []
-    for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal", "tuple")))
-        if item["type"] == "extra_forbidden":
-            text = f"{path} is not a known key; remove it or check its spelling"
-        elif item["type"] == "missing":
-            text = f"{path} is missing"
-        elif item["type"] == "union_tag_invalid":
-            context = item.get("ctx", {})
-            text = f"{path} has no {context.get('tag')!r}; choose one of {context.get('expected_tags')}"
+    found: dict[tuple[str, ...], list[str]] = {}
+    for item in error.errors(include_url=False, include_context=True):
+        kind, context = item["type"], item.get("ctx", {})
+        path = written_path(item["loc"], raw, keep_last=kind == "missing")
+        if kind == "extra_forbidden":
+            text = "is not a known key; remove it or check its spelling"
+        elif kind == "missing":
+            text = "is missing"
+        elif kind == "union_tag_not_found":
+            path, text = (*path, str(context.get("discriminator", "name")).strip("'")), "is missing"
+        elif kind == "union_tag_invalid":
+            text = f"has no {shown(context.get('tag'))}; choose one of {context.get('expected_tags')}"
         else:
-            shown = "" if isinstance(item.get("input"), dict | BaseModel) else f" (got {item.get('input')!r})"
-            message = item["msg"].removeprefix("Value error, ")
-            text = f"{path + ': ' if path else ''}{message}{shown}"
-        if text not in problems:
-            problems.append(text)
+            text = ": " + ("Input should be a section of settings" if kind in SECTION_ERRORS else item["msg"].removeprefix("Value error, "))
+            if kind != "value_error":
+                text += f" (got {shown(item.get('input'))})"
+        texts = found.setdefault(path, [])
+        if text not in texts:
+            texts.append(text)
+    # A value that fits no branch of a union has a problem per branch; the deepest say what is wrong.
+    problems = [
+        ".".join(path) + (" " if path and not texts[0].startswith(":") else "") + either(texts)
+        for path, texts in found.items()
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in found)
+    ]
+    problems = [problem.removeprefix(": ") for problem in problems]
     if len(problems) == 1:
         return f"{where}: {problems[0]}."
     return f"{where} has {len(problems)} problems:\n" + "\n".join(f"  - {p}." for p in problems)
+
+
+SECTION_ERRORS = ("model_type", "model_attributes_type", "dict_type", "mapping_type", "dataclass_type")
+
+
+def written_path(loc: Sequence[int | str], raw: Any, keep_last: bool) -> tuple[str, ...]:
+    """The keys of a pydantic location that occur in the values, and the last one in any case if it is what is missing."""
+    path: list[str] = []
+    for index, part in enumerate(loc):
+        in_mapping = isinstance(raw, Mapping) and part in raw
+        if in_mapping or (isinstance(raw, Sequence) and isinstance(part, int) and part < len(raw)):
+            raw = raw[part]
+            path.append(one_line(part))
+        elif keep_last and index == len(loc) - 1:
+            path.append(str(part))
+    return tuple(path)
+
+
+def either(texts: Sequence[str]) -> str:
+    """The messages of the branches of a union as one."""
+    if len(texts) == 1:
+        return texts[0]
+    wanted = [text.partition(" (got ")[0].removeprefix(": Input should be ") for text in texts]
+    return ": Input should be " + ", or ".join(wanted) + (texts[0][texts[0].index(" (got ") :] if " (got " in texts[0] else "")
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        return one_line(short.repr(value))
+    except ValueError:  # Python refuses to print numbers of thousands of digits
+        return "a number of thousands of digits"
 
 
 def one_line(error: object) -> str:
@@ -404,5 +466,13 @@ def one_line(error: object) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a config file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(TrainConfig).json_schema()}
+    """The JSON Schema of a config file, short names included."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(TrainConfig).json_schema()}
+    for key in NAMED_PARTS:
+        part = schema["properties"][key]
+        if "discriminator" in part:
+            names = list(part["discriminator"]["mapping"])
+        else:
+            names = schema["$defs"][part["$ref"].rpartition("/")[2]]["properties"]["name"]["enum"]
+        schema["properties"][key] = {"anyOf": [part, {"type": "string", "enum": names}]}
+    return schema

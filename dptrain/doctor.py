@@ -48,11 +48,14 @@ def show(found: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     console.print(f"Python {found['python']} on {found['platform']}")
+    packages = [(name, found["versions"].get(name, "not installed")) for name in PACKAGES]
+    backends = [(n, ", ".join(b["devices"]) if b["usable"] else f"unusable: {b['reason']}") for n, b in found["backends"].items()]
+    data = [(d["name"], "yes" if d["found"] else "no", d["where"]) for d in found["data"]]
     for title, columns, rows in (
-        ("packages", ("package", "version"), [(n, found["versions"].get(n, "not installed")) for n in PACKAGES]),
-        ("backends", ("backend", "devices"), [(n, ", ".join(b["devices"]) if b["usable"] else f"unusable: {b['reason']}") for n, b in found["backends"].items()]),
-        ("data sets", ("name", "found", "where, or how to get it"), [(d["name"], "yes" if d["found"] else "no", d["where"]) for d in found["data"]]),
-    ):  # fmt: skip
+        ("packages", ("package", "version"), packages),
+        ("backends", ("backend", "devices"), backends),
+        ("data sets", ("name", "found", "where, or how to get it"), data),
+    ):
         table = Table(title=title, title_justify="left")
         for column in columns:
             table.add_column(column)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+Rate = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Sizes = PositiveInt | tuple[PositiveInt, ...]
 ActivationName = Literal["linear", "relu", "tanh", "gelu", "sigmoid", "silu", "elu", "softplus"]
-Padding = Literal["same", "valid", "causal"] | Annotated[int, Field(ge=0)]
+Padding = Literal["same", "valid", "causal"] | Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
 class LayerSpec(BaseModel):
@@ -32,7 +32,7 @@ class Dense(LayerSpec):
     type: Literal["dense"] = "dense"
     units: PositiveInt | Literal["num_classes"]
     activation: ActivationName = "linear"
-    bias: bool = True
+    bias: StrictBool = True
 
 
 class Conv(LayerSpec):
@@ -46,7 +46,7 @@ class Conv(LayerSpec):
     dilation: Sizes = 1
     groups: PositiveInt = 1
     activation: ActivationName = "linear"
-    bias: bool = True
+    bias: StrictBool = True
 
 
 class ConvTranspose(LayerSpec):
@@ -57,7 +57,7 @@ class ConvTranspose(LayerSpec):
     kernel_size: Sizes
     strides: Sizes = 1
     activation: ActivationName = "linear"
-    bias: bool = True
+    bias: StrictBool = True
 
 
 class Embedding(LayerSpec):

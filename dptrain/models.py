@@ -58,7 +58,7 @@ class CNN(ModelSpec):
     stages: tuple[tuple[PositiveInt, ...], ...] = ((32, 32), (64, 64), (128,))
     kernel_size: PositiveInt = 3
     activation: ActivationName = "tanh"
-    norm_groups: Annotated[int, Field(ge=0)] = 8
+    norm_groups: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 8
     pool: Literal["max_pool", "avg_pool"] = "max_pool"
     hidden: tuple[PositiveInt, ...] = (128,)
     global_pool: bool = False
@@ -149,7 +149,7 @@ class Transformer(ModelSpec):
     dim: PositiveInt = 128
     depth: PositiveInt = 4
     heads: PositiveInt = 4
-    mlp_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    mlp_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] = 4.0
     dropout: Rate = 0.0
 
     @model_validator(mode="after")

@@ -42,8 +42,9 @@ class Display:
         """Print what is about to run."""
         data, privacy = setup.data, self.config.privacy
         self.console.print(
-            f"{self.backend}: {self.config.model.name} ({sum(layer.num_params for layer in setup.plan.layers):,} parameters) on {data.name} "
-            f"({len(data.x_train):,} examples), strategy {setup.plan.strategy}, sample rate {setup.sample_rate:.4g}, {setup.num_steps} steps"
+            f"{self.backend}: {self.config.model.name} ({sum(layer.num_params for layer in setup.plan.layers):,} parameters) on "
+            f"{data.name} ({len(data.x_train):,} examples), strategy {setup.plan.strategy}, "
+            f"sample rate {setup.sample_rate:.4g}, {setup.num_steps} steps"
         )
         if not setup.plan.private:
             self.console.print("non-private training: no noise, no epsilon; the privacy section is not used")

@@ -77,6 +77,11 @@ def privacy_statement(
     )
     if privacy.unsafe_seed is not None:
         statement += " VOID against anyone who knows unsafe_seed: sampling and noise can be reproduced from it."
+    notes = []
+    if delta >= 1 / len(data.x_train):
+        notes.append(
+            f"delta {delta:g} is not below 1/N = {1 / len(data.x_train):.3g}: publishing one example in full would keep the promise."
+        )
     return {
         "private": privacy.unsafe_seed is None,
         "epsilon": epsilon,
@@ -86,6 +91,7 @@ def privacy_statement(
         "sampling": "poisson",
         "accountant": privacy.accountant,
         "statement": statement,
+        "notes": notes,
         "unsafe_seed": privacy.unsafe_seed is not None,
         "epsilon_by_accountant": values,
         "releases": releases,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,29 @@ class RunDirectory:
             raise RunError(f"The output directory {self.path} cannot be used ({error.strerror or error}); choose another --out.") from None
         if "run.json" in present:
             self._check_owner()
-        elif present:
-            raise RunError(
-                f"The output directory {self.path} is not empty and holds no dptrain run (found {present[0]}); choose another --out."
-            )
-        else:
+            self.ledger = PrivacyLedger.open(self.path / "ledger.jsonl")  # refuses if it is gone: what was spent would be forgotten
+            return
+        self.ledger = self._first_ledger(present)
+        try:  # the ledger first and run.json last: a directory with run.json has a ledger, whenever its making was interrupted
             atomic_write(self.path / "config.yaml", config.to_yaml().encode())
             write_json(self.path / "run.json", self.record)
-        self.ledger = PrivacyLedger.open(self.path / "ledger.jsonl")
+        except BaseException:
+            self.ledger.close()
+            raise
+
+    def _first_ledger(self, present: Sequence[str]) -> PrivacyLedger:
+        """An empty ledger in an empty directory, or in one whose making was interrupted."""
+        assert self.path is not None
+        if not present:
+            return PrivacyLedger(self.path / "ledger.jsonl")
+        if "ledger.jsonl" in present and set(present) <= {"ledger.jsonl", "config.yaml"}:
+            ledger = PrivacyLedger.open(self.path / "ledger.jsonl")
+            if not ledger.num_releases:
+                return ledger
+            ledger.close()
+        raise RunError(
+            f"The output directory {self.path} is not empty and holds no dptrain run (found {present[0]}); choose another --out."
+        )
 
     def _check_owner(self) -> None:
         assert self.path is not None
@@ -82,7 +98,8 @@ class RunDirectory:
             checkpoint.save(self.path / "checkpoint.safetensors", self.identity)
 
     def log(self, **values: Any) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append one line to ``metrics.jsonl``; a loss that is not finite becomes null, which every JSON reader knows."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.path is not None:
             try:
                 with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from accounting import AccountingError, calibrate_noise_multiplier, get_accountant
+from accounting import AccountingError, SampledGaussian, calibrate_noise_multiplier, get_accountant
 from dptrain.backend import Backend, get_backend
 from dptrain.checkpoint import Checkpoint, atomic_write, save_arrays, write_json
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset, load
-from dptrain.errors import ConfigError, DataError
+from dptrain.errors import ConfigError, DataError, RunError
 from dptrain.layer_specs import AnyLayer, Embedding
 from dptrain.losses import LOSSES
 from dptrain.mechanism import GaussianMechanism, noise_multiplier_for, release_event
@@ -122,7 +121,8 @@ def check_tokens(layers: tuple[AnyLayer, ...], data: Dataset) -> None:
     if integers != bool(tables):
         kind = "token ids" if integers else "real numbers"
         raise DataError(
-            f"data {data.name!r} holds {kind}, and the model starts {'with' if tables else 'without'} an embedding; choose a model that fits."
+            f"data {data.name!r} holds {kind}, and the model starts {'with' if tables else 'without'} an embedding; "
+            "choose a model that fits."
         )
     for split, x in (("training", data.x_train), ("test", data.x_test)):
         if tables and x.size and (x.min() < 0 or x.max() >= tables[0]):
@@ -187,10 +187,11 @@ def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int) ->
     """The given noise multiplier, or the one calibrated to the target, before rounding is paid for.
 
     Raises:
-        AccountingError: the budget cannot be reached.
+        AccountingError: the budget cannot be reached, or noise or sample rate are beyond what can be accounted for.
     """
     privacy = config.privacy
     if privacy.noise_multiplier is not None:
+        SampledGaussian(privacy.noise_multiplier, sample_rate)  # refuses what no accountant can speak of
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
     claimed = calibrate_noise_multiplier(
@@ -226,15 +227,17 @@ def train(
         stated epsilon is computed.
     """
     setup = prepare(config, backend, data)
+    # Before the directory exists, so that a budget out of reach leaves nothing behind.
+    sigma = noise_multiplier(config, setup.sample_rate, setup.num_steps) if setup.plan.private else None
     facts = {"num_examples": len(setup.data.x_train), "num_steps": setup.num_steps, "sample_rate": setup.sample_rate}
     with RunDirectory(out, config, backend, facts) as run, interruptible() as stop:
-        return Loop(setup, run, stop).run(progress, on_start)
+        return Loop(setup, run, stop, sigma).run(progress, on_start)
 
 
 class Loop:
     """The loop of one run, from a fresh start or from a checkpoint."""
 
-    def __init__(self, setup: Setup, run: RunDirectory, stop: threading.Event) -> None:
+    def __init__(self, setup: Setup, run: RunDirectory, stop: threading.Event, sigma: float | None) -> None:
         self.setup, self.run_dir, self.stop = setup, run, stop
         self.config, self.backend, self.ledger = setup.config, setup.backend, run.ledger
         self.stds: dict[str, float] | None = None
@@ -242,7 +245,7 @@ class Loop:
         self.start = self._restore()
         seed = self.config.privacy.unsafe_seed
         sampler = PoissonSampler(len(setup.data.x_train), setup.sample_rate, RandomKey.make(SAMPLING, seed))
-        release = self._release(seed) if setup.plan.private else None
+        release = self._release(seed, sigma) if sigma is not None else None
         self.step = TrainingStep(
             self.backend, setup.model, setup.loss, self.optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train,
             self.config.performance.physical_batch_size, lambda t: self.config.optimizer.rate_at(t, setup.num_steps),
@@ -257,12 +260,18 @@ class Loop:
         self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
         return checkpoint.step
 
-    def _release(self, seed: int | None) -> Release:
+    def _release(self, seed: int | None, sigma: float) -> Release:
         """Noise and event of every step of this run, within the budget that the ledger leaves."""
-        config, setup, privacy = self.config, self.setup, self.config.privacy
-        sigma = self.run_dir.record.get("noise_multiplier")
-        if not isinstance(sigma, float):
-            sigma = noise_multiplier(config, setup.sample_rate, setup.num_steps)
+        setup, privacy = self.setup, self.config.privacy
+        if self.ledger.num_releases < self.start:
+            raise RunError(
+                f"The ledger of {self.run_dir.path} holds {self.ledger.num_releases} releases and its checkpoint {self.start} steps, so "
+                "releases were lost; restore the ledger or start in another --out directory."
+            )
+        stored = self.run_dir.record.get("noise_multiplier")
+        if isinstance(stored, float):
+            sigma = stored
+        else:
             self.run_dir.remember(noise_multiplier=sigma)
         self.stds = GaussianMechanism(sigma, privacy.allocation).stds(setup.plan, privacy.relation)
         event = release_event(setup.plan, self.stds, setup.sample_rate, privacy.relation)
@@ -398,15 +407,6 @@ def plan(config: TrainConfig, backend: str = "torch", *, data: Dataset | None = 
         The plan.
     """
     return prepare(config, backend, data).plan
-
-
-def warn_about_delta(config: TrainConfig, num_examples: int) -> None:
-    """Warn where delta is so large that releasing one example in full would be within the promise."""
-    if config.strategy.name != "non_private" and config.privacy.target_delta >= 1 / num_examples:
-        warnings.warn(
-            f"target_delta {config.privacy.target_delta:g} is not below 1/N = {1 / num_examples:.3g}; the guarantee says little.",
-            stacklevel=2,
-        )
 
 
 __all__ = ["ConfigError", "Progress", "Setup", "TrainResult", "plan", "prepare", "train"]

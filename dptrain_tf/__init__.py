@@ -1,0 +1,10 @@
+"""The TensorFlow backend of dptrain, and its API for users with a Keras model of their own."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the import: TensorFlow greets on stderr otherwise
+
+from dptrain_tf.describe import describe
+from dptrain_tf.engine import clipped_sum, make_plan, per_sample_norms, self_check
+
+__all__ = ["clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check"]

@@ -120,16 +120,18 @@ class TensorFlowBackend:
         if self.performance.compile is False:
             return function
         keys: list[str] = []
+        identifiers: dict[str, str] = {}
 
         @tf.function(autograph=False, reduce_retracing=False)
         def traced(x: Any, y: Any, mask: Any) -> Any:
             grads = function(Batch(x, y, mask))
             keys[:] = list(grads.sums)
+            identifiers.update(grads.identifiers)
             return list(grads.sums.values()), grads.stats
 
         def run(batch: Batch) -> Grads:
             sums, stats = traced(batch.x, batch.y, batch.mask)
-            return Grads(dict(zip(keys, sums, strict=True)), stats)
+            return Grads(dict(zip(keys, sums, strict=True)), stats, identifiers)
 
         return run
 

@@ -137,7 +137,7 @@ def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan) -> None:
     try:
         bounded_sum(model, loss, full_batch(*batches[1]), plan, training=True)
         moved = [v.path for v, before in state if id(v) not in random and not bool(tf.reduce_all(v.value == before))]
-        problems += [f"state {name!r} is updated from data without noise; remove the layer or freeze its statistics." for name in moved]
+        problems += [f"state {name!r} is updated from data without noise; remove the layer that does it." for name in moved]
         describe(model, batches[0][0])
         problems += independence_problems(model, loss, batches[1][0], batches[1][1])
         problems += completeness_problems(model, loss, full_batch(*batches[1]), plan)
@@ -155,7 +155,7 @@ def independence_problems(model: Any, loss: Loss, x: Any, y: Any) -> list[str]:
     alone = [example_losses(loss, call_model(model, take(x, [i]), False), take(y, [i]), 1) for i in range(3)]
     gap = tf.reduce_max(tf.abs(tf.concat(alone, axis=0) - together))
     if not bool(gap <= tolerance(together) * (1 + tf.reduce_max(tf.abs(together)))):
-        return [f"the loss of one example depends on the others in its batch (by {float(gap):.3g}); find the layer or loss that mixes examples."]
+        return [f"the loss of one example depends on its batch (by {float(gap):.3g}); find the layer or loss that mixes examples."]
     return []
 
 
@@ -170,8 +170,8 @@ def completeness_problems(model: Any, loss: Loss, batch: Batch, plan: Plan) -> l
         if not float(tf.norm(ours[name] - value)) <= 10 * tolerance(value) * max(float(tf.norm(value)), 1e-2 * scale) + 1e-30
     ]
     return [
-        f"parameter {name!r} is used in a way that no layer call shows (a functional use, a reused weight), so its gradient would be wrong; "
-        "call the layer itself, or wrap the use in a layer of its own."
+        f"parameter {name!r} is used in a way that no layer call shows (a functional use, a reused weight), so its gradient would be "
+        "wrong; call the layer itself, or wrap the use in a layer of its own."
         for name in bad
     ]
 

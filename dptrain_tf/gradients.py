@@ -5,7 +5,8 @@ measured. A use of a weight that the tap does not see can bias the sum, but it c
 from a second backward pass over the reweighted loss instead; there an unseen use WOULD break the bound, so it is allowed only for a
 model that has passed ``engine.self_check``.
 
-Everything here runs eagerly and inside ``tf.function``; there the physical batch must have a fixed size.
+Everything here runs eagerly and inside ``tf.function``; there the physical batch must have a fixed size. Trace with ``autograph=False``:
+AutoGraph would hide what an error says behind an error of its own.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def example_losses(loss: Loss, output: Any, y: Any, batch: int) -> Tensor:
     if not tf.is_tensor(losses) or losses.shape != (batch,):
         shape = tuple(losses.shape) if tf.is_tensor(losses) else type(losses).__name__
         raise UnsupportedModelError(
-            [f"the loss returned {shape} for a batch of {batch}: it must give one value per example; use reduction='none' and reduce each example's own values to one."]
+            [
+                f"the loss returned {shape} for a batch of {batch}: it must give one value per example; use reduction='none', and reduce "
+                "each example's own values to one."
+            ]
         )
     return losses
 
@@ -100,7 +104,7 @@ class Accumulator:
         self.group_of = {layer: group.name for group in plan.groups for layer in group.layers}
         self.waiting: dict[str, list[Use]] = {}
         self.ready: dict[str, list[Use]] = {}
-        self.squares: dict[str, Tensor] = {}
+        self.squares: dict[str, list[Tensor]] = {}
 
     def __call__(self, call: Call) -> None:
         """Take in one call; a parameter is finished when its last use has arrived."""
@@ -121,8 +125,7 @@ class Accumulator:
             for use in uses[1:]:
                 gradient = gradient + use.instantiate()
             square, uses = square_sum(gradient), [DirectUse(gradient)]
-        group = self.group_of[self.owners[name][0]]
-        self.squares[group] = self.squares[group] + square if group in self.squares else square
+        self.squares.setdefault(self.group_of[self.owners[name][0]], []).append(square)
         if self.keep:
             self.ready[name] = uses
 
@@ -133,7 +136,11 @@ class Accumulator:
 
     def norms(self) -> dict[str, Tensor]:
         """Group -> norm ``[B]`` of each example's gradient."""
-        return {name: tf.sqrt(square) for name, square in self.squares.items()}
+        found = {}
+        for name, squares in self.squares.items():
+            dtype = tf.float64 if any(square.dtype == tf.float64 for square in squares) else tf.float32
+            found[name] = tf.sqrt(tf.add_n([tf.cast(square, dtype) for square in squares]))
+        return found
 
 
 def call_uses(call: Call) -> dict[str, Use]:
@@ -161,7 +168,7 @@ def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor) -> tuple[
     for group in plan.groups:
         if group.name in norms:
             norm = norms[group.name]
-            w = clip_weight(plan.clipping or "abadi", norm, group.clip_norm, plan.gamma, lambda n, c: tf.maximum(n, tf.cast(c, n.dtype)))
+            w = clip_weight(plan.clipping or "abadi", norm, group.clip_norm, plan.gamma, tf.maximum)
             weights[group.name] = tf.where(valid & finite, w, tf.zeros_like(w))
     return weights, finite
 
@@ -180,6 +187,7 @@ def identifiers(units: list[Unit]) -> dict[str, str]:
     return {unit.params[role]: identifier for unit in units for role, identifier in unit.identifiers.items()}
 
 
+@tf.autograph.experimental.do_not_convert  # plain Python, run once while a tf.function is traced
 def bounded_sum(
     model: Any,
     loss: Loss,
@@ -273,6 +281,7 @@ def gradients_of(tape: Any, losses: Tensor, variables: list[Any], w: Tensor) -> 
     return [tf.convert_to_tensor(g) for g in tape.gradient(losses, [v.value for v in variables], w, unconnected_gradients=zero)]
 
 
+@tf.autograph.experimental.do_not_convert  # plain Python, run once while a tf.function is traced
 def plain_sum(model: Any, loss: Loss, batch: Batch, *, training: bool = True) -> Grads:
     """The unclipped sum by ordinary backpropagation: what ``non_private`` and proven bounds need."""
     parameters, size = trainable(model), batch_size(batch.x)
@@ -292,7 +301,7 @@ def statistics(plan: Plan, losses: Tensor, mask: Tensor, used: Tensor, norms: Ma
     clipped = tf.zeros_like(used)
     for group in plan.groups:
         if group.name in norms and group.clip_norm is not None:
-            clipped = clipped | (norms[group.name] > tf.cast(group.clip_norm, norms[group.name].dtype))
+            clipped = clipped | (norms[group.name] > group.clip_norm)
     loss = tf.reduce_sum(per_example(used, losses))
     found = {"loss": loss, "count": mask, "clipped": clipped & used, "nonfinite": mask & ~used}
     return {name: tf.reduce_sum(tf.cast(value, tf.float32)) for name, value in found.items()}

@@ -19,6 +19,7 @@ from tensorflow import Tensor
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import CONV, GENERIC
 from dptrain_tf.rules import WHOLE, Rule, children, is_float, mixes_examples, random_rate, role_of, rule_for
+from dptrain_tf.uses import column
 
 # Roles of variables of layers without a rule, by the variable's own name; other names are their own role.
 ROLE_NAMES = {
@@ -78,10 +79,7 @@ class Call:
             return None
         value = self.unit.variables[role].value
 
-        def weighted(w: Tensor) -> Tensor:
-            return tape.gradient(output, value, cotangent * tf.reshape(tf.cast(w, cotangent.dtype), [-1] + [1] * (cotangent.shape.rank - 1)))
-
-        return weighted
+        return lambda w: tape.gradient(output, value, cotangent * column(w, cotangent))
 
 
 def trainable(model: Any) -> dict[str, Any]:
@@ -160,7 +158,8 @@ def find_units(model: Any, training: bool = False) -> list[Unit]:
         units.append(Unit(shown, layer, rule, {role: keys[id(v)] for role, v in by_role.items()}, by_role, identifiers))
     covered = {key for unit in units for key in unit.params.values()}
     if not problems:
-        problems += [f"variable {key!r} belongs to no layer that could be tapped; create it with add_weight." for key in keys.values() if key not in covered]
+        bare = [key for key in keys.values() if key not in covered]
+        problems += [f"variable {key!r} belongs to no layer that could be tapped; create it with add_weight." for key in bare]
     if problems:
         raise UnsupportedModelError(problems)
     return units
@@ -196,10 +195,11 @@ class Tap:
         for unit in self.units:
             own = unit.layer.__dict__
             self._covered.append((unit.layer, own.get("call", ABSENT)))
-            own["call"] = self._shadow(unit, unit.layer.call)
+            values = [v.value for v in unit.variables.values()]  # here, because inside a layer's call they may be cast
+            own["call"] = self._shadow(unit, unit.layer.call, values)
         return self
 
-    def __exit__(self, kind: object, *exc: object) -> None:
+    def __exit__(self, *exc: object) -> None:
         while self._covered:
             layer, before = self._covered.pop()
             if before is ABSENT:
@@ -207,10 +207,10 @@ class Tap:
             else:
                 layer.__dict__["call"] = before
         self._tapes.close()
-        if self.problems and kind is None:
+        if self.problems:  # they explain whatever else went wrong
             raise UnsupportedModelError(list(dict.fromkeys(self.problems)))
 
-    def _shadow(self, unit: Unit, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _shadow(self, unit: Unit, call: Callable[..., Any], values: list[Any]) -> Callable[..., Any]:
         def shadow(*args: Any, **kwargs: Any) -> Any:
             if tf.compat.v1.get_default_graph() is not self._graph:
                 self.problems.append(
@@ -220,7 +220,7 @@ class Tap:
                 return call(*args, **kwargs)
             if unit.rule is None:
                 return self._tap_generic(unit, call, args, kwargs)
-            return self._tap_rule(unit, call, args, kwargs)
+            return self._tap_rule(unit, call, values, args, kwargs)
 
         return shadow
 
@@ -230,7 +230,9 @@ class Tap:
         self.calls.append(Call(unit, args, kwargs, self.training, [z for z in leaves if is_float(z)]))
         return tf.nest.pack_sequence_as(output, leaves)
 
-    def _tap_rule(self, unit: Unit, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _tap_rule(
+        self, unit: Unit, call: Callable[..., Any], values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         assert unit.rule is not None
         own = unit.layer.__dict__
         activation = own.get("activation")
@@ -240,7 +242,7 @@ class Tap:
                 own["activation"] = None
             with inner or ExitStack():
                 if inner is not None:
-                    inner.watch([v.value for v in unit.variables.values()])
+                    inner.watch(values)
                 z = call(*args, **kwargs)
                 if self.batch > 1 and z.shape.rank > 1 and z.shape[0] == 1:
                     # Broadcast over the batch, as position embeddings are (G9): the same values, one row per example.

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import layers as L  # noqa: N812
+from keras import layers as L
 from tensorflow import Tensor
 
 from dptrain.errors import UnsupportedModelError
@@ -202,12 +202,6 @@ def embedding_uses(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
     return {"weight": EmbeddingUse(ids, g, layer.input_dim)}
 
 
-def embedding_problem(layer: Any) -> str | None:
-    if layer.lora_enabled:
-        return "an Embedding with LoRA is not supported; train the table itself, or freeze the layer"
-    return None
-
-
 # --- normalisation --------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +270,7 @@ RULES: Mapping[type, Rule] = {
     L.Conv1DTranspose: _CONV,
     L.Conv2DTranspose: _CONV,
     L.Conv3DTranspose: _CONV,
-    L.Embedding: Rule(EMBEDDING, embedding_facts, embedding_uses, embedding_problem),
+    L.Embedding: Rule(EMBEDDING, embedding_facts, embedding_uses),
     L.LayerNormalization: Rule(NORM, norm_facts, layer_norm_uses, norm_problem),
     L.RMSNormalization: Rule(NORM, norm_facts, rms_norm_uses),
     L.GroupNormalization: Rule(NORM, norm_facts, group_norm_uses),
@@ -391,14 +385,16 @@ def generic_uses(
 
     elements = ([leaves[i] for i in split], list(masks.values()), [cotangents[i] for i in present])
     gradients: Any = None
-    if not any(isinstance(child, LOOPED) for child in children(layer)):
+    looped = (*LOOPED, *WHOLE) if tf.executing_eagerly() else LOOPED  # to convert a recurrent layer takes seconds: pays in a graph only
+    if not any(isinstance(child, looped) for child in children(layer)):
         try:
             gradients = tf.vectorized_map(one, elements)
         except Exception:  # whatever it cannot convert, the loop below can still run, or says why not
             gradients = None
     if gradients is None:
         try:
-            gradients = tf.map_fn(one, elements, fn_output_signature=[tf.TensorSpec(v.shape, v.dtype) for v in values])
+            signature = [tf.TensorSpec(v.shape, v.dtype) for v in values]
+            gradients = tf.function(lambda: tf.map_fn(one, elements, fn_output_signature=signature), autograph=False)()
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             sentence = f"layer {layer.name!r} ({type(layer).__name__}) cannot be run one example at a time ({reason})"

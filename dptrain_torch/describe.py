@@ -10,7 +10,7 @@ from torch import nn
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import GENERIC, LayerInfo, ModelInfo
 from dptrain_torch.gradients import batch_size, call_model, trainable
-from dptrain_torch.hooks import Call, Tap, Unit, find_units, no_batch_axis
+from dptrain_torch.hooks import Call, Tap, Unit, find_units, has_batch, no_batch_axis
 
 
 def describe(model: nn.Module, x: Any) -> ModelInfo:
@@ -35,8 +35,8 @@ def describe(model: nn.Module, x: Any) -> ModelInfo:
     problems = [
         no_batch_axis(call.unit, tuple(z.shape), size)
         for call in tap.calls
-        for z in call.outputs
-        if z.requires_grad and (z.dim() == 0 or z.shape[0] != size)
+        for i, z in enumerate(call.outputs)
+        if z.requires_grad and not has_batch(call.unit.module, i, z, size)
     ]
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))

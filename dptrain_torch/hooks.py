@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import GENERIC
-from dptrain_torch.rules import Rule, mixes_examples, rule_for
+from dptrain_torch.rules import Rule, batch_axis, mixes_examples, rule_for
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ class Tap:
 
     def _deliver(self, call: Call, cotangents: list[Tensor | None]) -> None:
         call.cotangents = [None if g is None else g.detach() for g in cotangents]
-        for g in call.cotangents:
-            if g is not None and (g.dim() == 0 or g.shape[0] != self.batch):
+        for i, g in enumerate(call.cotangents):
+            if g is not None and not has_batch(call.unit.module, i, g, self.batch):
                 raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
         call.check()
         call.outputs = []
@@ -212,6 +212,12 @@ class Tap:
                 cotangents[self._edges[position][1]] = gradients[position]
                 gradients[position] = None
             self._deliver(call, cotangents)
+
+
+def has_batch(module: nn.Module, position: int, output: Tensor, batch: int) -> bool:
+    """Whether an output has the examples where they are expected."""
+    axis = batch_axis(module, position)
+    return output.dim() > axis and output.shape[axis] == batch
 
 
 def no_batch_axis(unit: Unit, shape: tuple[int, ...], batch: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ def time_norms(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, dict[str
             if isinstance(use, DirectUse):
                 continue
             times = result.setdefault(call.unit.name, {"ghost": 0.0, "instantiate": 0.0})
-            times["ghost"] += seconds(lambda: ghost_way(use, w), w.device)
-            times["instantiate"] += seconds(lambda: instantiate_way(use, w), w.device)
+            times["ghost"] += seconds(partial(ghost_way, use, w), w.device)
+            times["instantiate"] += seconds(partial(instantiate_way, use, w), w.device)
 
     size = batch_size(batch.x)
     with torch.enable_grad(), Tap(find_units(model), size) as tap:

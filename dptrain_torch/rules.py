@@ -198,6 +198,13 @@ def mixes_examples(module: nn.Module) -> str | None:
     return None
 
 
+def batch_axis(module: nn.Module, position: int) -> int:
+    """The axis that holds the examples in the tensor at a position among a module's tensor inputs or outputs."""
+    if isinstance(module, nn.RNNBase):  # the sequence, then states [layers, B, D]
+        return 0 if module.batch_first and position == 0 else 1
+    return 0
+
+
 def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, cotangents: list[Tensor | None]) -> dict[str, Use]:
     """The slow method: per-sample gradients of a whole module, by ``vmap``, or one example at a time where torch cannot batch it.
 
@@ -211,17 +218,20 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
     Raises:
         UnsupportedModelError: the module draws random numbers.
     """
-    batch = next(c.shape[0] for c in cotangents if c is not None)
+    axes = [batch_axis(module, i) for i in range(len(cotangents))]
+    batch = next(c.shape[axis] for c, axis in zip(cotangents, axes, strict=True) if c is not None)
     leaves, spec = tree_flatten((args, kwargs))
     leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-    split = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in leaves]
+    places = iter(range(len(leaves)))
+    inputs = [batch_axis(module, next(places)) if isinstance(x, Tensor) else None for x in leaves]
+    split = [axis is not None and x.dim() > axis and x.shape[axis] == batch for x, axis in zip(leaves, inputs, strict=True)]
     present = [i for i, c in enumerate(cotangents) if c is not None]
     params = dict(module.named_parameters())
     constant = {k: v.detach() for k, v in params.items() if k not in names} | dict(module.named_buffers())
 
     def one(xs: list[Tensor], gs: list[Tensor]) -> dict[str, Tensor]:
         it = iter(xs)
-        full = [next(it).unsqueeze(0) if is_split else x for x, is_split in zip(leaves, split, strict=True)]
+        full = [next(it).unsqueeze(axis) if is_split else x for x, is_split, axis in zip(leaves, split, inputs, strict=True)]
         call_args, call_kwargs = tree_unflatten(full, spec)
 
         def outputs(weights: dict[str, Tensor]) -> list[Tensor]:
@@ -230,10 +240,10 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
             return [tensors[i] for i in present]
 
         vjp: Any = torch.func.vjp(outputs, {name: params[name].detach() for name in names})[1]
-        return dict(vjp([g.unsqueeze(0) for g in gs])[0])
+        return dict(vjp([g.unsqueeze(axes[i]) for g, i in zip(gs, present, strict=True)])[0])
 
-    xs = [x for x, is_split in zip(leaves, split, strict=True) if is_split]
-    gs = [c for c in cotangents if c is not None]
+    xs = [x.movedim(axis, 0) for x, is_split, axis in zip(leaves, split, inputs, strict=True) if is_split]
+    gs = [c.movedim(axis, 0) for c, axis in zip(cotangents, axes, strict=True) if c is not None]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # slow is what this method is declared to be

@@ -34,12 +34,13 @@ def get_strategy(strategy: str | SensitivityStrategy, **settings: Any) -> Sensit
         return strategy
     if strategy not in STRATEGIES:
         raise ConfigError(f"There is no strategy {strategy!r}; choose one of {', '.join(sorted(STRATEGIES))}.")
+    raw = {"name": strategy, **settings}
     try:
-        return TypeAdapter(StrategyConfig).validate_python({"name": strategy, **settings})
+        return TypeAdapter(StrategyConfig).validate_python(raw)
     except ValidationError as error:
         from dptrain.config import explain
 
-        raise ConfigError(explain(error, f"strategy {strategy!r}")) from None
+        raise ConfigError(explain(error, f"strategy {strategy!r}", raw)) from None
 
 
 __all__ = ["STRATEGIES", "Ghost", "MixedGhost", "NonPrivate", "PerSample", "SensitivityStrategy", "StrategyConfig", "get_strategy"]

@@ -22,7 +22,7 @@ from dptrain.errors import ConfigError
 from dptrain.info import LayerInfo, ModelInfo
 from dptrain.plan import Group, Plan
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 
 
 class Clipping(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 from scipy import integrate, stats
@@ -40,7 +41,8 @@ def one_step_delta(sigma: float, q: float, relation: str, epsilon: float) -> flo
         cuts = [low, *grid[1:][sign[1:] != sign[:-1]], high]
         f = lambda x: max(0.0, a(x) - math.exp(epsilon) * b(x))  # noqa: E731
         points = sorted({*cuts, 0.0, 0.5, 1.0, -0.5})
-        return sum(integrate.quad(f, x, y, epsabs=1e-15, epsrel=1e-10, limit=200)[0] for x, y in zip(points, points[1:]))
+        pieces = (integrate.quad(f, x, y, epsabs=1e-15, epsrel=1e-10, limit=200)[0] for x, y in pairwise(points))
+        return sum(pieces)
 
     return max(one(p, r), one(r, p))
 
@@ -60,15 +62,18 @@ def two_step_delta(sigma: float, q: float, relation: str, epsilon: float) -> flo
 
 def renyi_log_moment(sigma: float, q: float, order: float, relation: str) -> float:
     """log E_Q[(P/Q)^order] by adaptive quadrature."""
-    p, r = densities(sigma, q, relation)
-    peak = order * (0.5 if relation == "replace_one" else 1.0)
-    points = sorted({-14 * sigma, 0.0, peak, peak + 14 * sigma})
+    shift = 0.5 if relation == "replace_one" else 1.0
+    norm = stats.norm(scale=sigma)
+
+    def log_mixture(x, centre):
+        return np.logaddexp(np.log1p(-q) + norm.logpdf(x), np.log(q) + norm.logpdf(x - centre))
 
     def f(x):
-        pr, rr = p(x), r(x)
-        return rr * (pr / rr) ** order if rr > 0 else 0.0
+        low = log_mixture(x, -shift) if relation == "replace_one" else norm.logpdf(x)
+        return math.exp(order * log_mixture(x, shift) + (1 - order) * low)
 
-    return math.log(sum(integrate.quad(f, a, b, epsrel=1e-11, limit=400)[0] for a, b in zip(points, points[1:])))
+    points = [k * sigma for k in range(-14, math.ceil(2 * order * shift / sigma) + 15)]
+    return math.log(sum(integrate.quad(f, a, b, epsrel=1e-11)[0] for a, b in pairwise(points)))
 
 
 def dp_accounting_rdp(events, delta: float) -> float:

@@ -30,12 +30,12 @@ class TestConformance:
             assert accountant.epsilon(events, 1e-5) == 0.0
             assert accountant.delta(events, 1.0) == 0.0
 
-    @pytest.mark.parametrize("events, delta, true", REFERENCE)
+    @pytest.mark.parametrize(("events", "delta", "true"), REFERENCE)
     def test_never_below_the_reference(self, name, events, delta, true, pairs):
         assert get_accountant(name).epsilon(pairs(events), delta) >= true
 
     @pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
-    @pytest.mark.parametrize("sigma, q", [(0.5, 0.01), (1.0, 0.1), (0.8, 0.7), (3.0, 0.3), (1.0, 1.0)])
+    @pytest.mark.parametrize(("sigma", "q"), [(0.5, 0.01), (1.0, 0.1), (0.8, 0.7), (3.0, 0.3), (1.0, 1.0)])
     def test_delta_above_quadrature(self, name, relation, sigma, q):
         accountant = get_accountant(name, relation)
         for epsilon in (0.01, 0.3, 1.5):
@@ -95,9 +95,9 @@ class TestConformance:
 @pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
 def test_prv_is_not_above_rdp(relation):
     rdp, prv = get_accountant("rdp", relation), get_accountant("prv", relation)
-    for sigma in (0.4, 0.8, 2.0, 10.0):
+    for sigma in (0.4, 1.0, 10.0):
         for q in (1e-4, 1e-2, 0.3, 1.0):
-            for steps in (1, 300, 20_000):
+            for steps in (1, 3000):
                 events = gaussian(sigma, q, steps)
                 assert prv.epsilon(events, 1e-5) <= rdp.epsilon(events, 1e-5)
 

@@ -1,0 +1,77 @@
+"""Calibration is private-side and tight."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accounting import (
+    ACCOUNTANTS,
+    AccountingError,
+    SampledGaussian,
+    calibrate_noise_multiplier,
+    calibrate_sample_rate,
+    calibrate_steps,
+    get_accountant,
+)
+
+HISTORY = ((SampledGaussian(2.0, 0.01), 300),)
+
+
+@pytest.mark.parametrize("name", ACCOUNTANTS)
+@pytest.mark.parametrize("history", [(), HISTORY])
+class TestCalibration:
+    @settings(max_examples=4, deadline=None, derandomize=True)
+    @given(epsilon=st.floats(0.7, 30), log_q=st.floats(-7, 0), steps=st.integers(1, 20_000))
+    def test_noise(self, name, history, epsilon, log_q, steps):
+        q = math.exp(log_q)
+        sigma = calibrate_noise_multiplier(epsilon, 1e-6, q, steps, name, history=history)
+        spent = get_accountant(name).epsilon([*history, (SampledGaussian(sigma, q), steps)], 1e-6)
+        assert epsilon * (1 - 1e-3) <= spent <= epsilon
+
+    @settings(max_examples=4, deadline=None, derandomize=True)
+    @given(epsilon=st.floats(0.7, 5), sigma=st.floats(0.8, 5), steps=st.integers(200, 20_000))
+    def test_sample_rate(self, name, history, epsilon, sigma, steps):
+        q = calibrate_sample_rate(epsilon, 1e-6, sigma, steps, name, history=history)
+        spent = get_accountant(name).epsilon([*history, (SampledGaussian(sigma, q), steps)], 1e-6)
+        assert spent <= epsilon
+        assert spent >= epsilon * (1 - 1e-3) or q == 1.0
+
+    @settings(max_examples=4, deadline=None, derandomize=True)
+    @given(epsilon=st.floats(2.5, 6), sigma=st.floats(1.0, 1.5), log_q=st.floats(-5, -3.5))
+    def test_steps(self, name, history, epsilon, sigma, log_q):
+        q = math.exp(log_q)
+        steps = calibrate_steps(epsilon, 1e-6, q, sigma, name, history=history)
+        spend = lambda n: get_accountant(name).epsilon([*history, (SampledGaussian(sigma, q), n)], 1e-6)  # noqa: E731
+        assert spend(steps) <= epsilon < spend(steps + 1)
+
+
+@pytest.mark.parametrize("relation", ["replace_one", "zero_out"])
+def test_other_relations(relation):
+    sigma = calibrate_noise_multiplier(2.0, 1e-5, 0.02, 500, relation=relation)
+    spent = get_accountant("prv", relation).epsilon([(SampledGaussian(sigma, 0.02), 500)], 1e-5)
+    assert 2.0 * (1 - 1e-3) <= spent <= 2.0
+
+
+def test_full_sample_rate_when_the_budget_allows_it():
+    assert calibrate_sample_rate(1.0, 1e-5, 1000.0, 10) == 1.0
+
+
+def test_unreachable_budgets_say_what_to_change():
+    with pytest.raises(AccountingError, match="history alone has epsilon"):
+        calibrate_noise_multiplier(0.1, 1e-6, 0.01, 10, history=((SampledGaussian(0.5, 0.1), 100),))
+    with pytest.raises(AccountingError, match="one release already gives"):
+        calibrate_steps(0.1, 1e-6, 0.5, 0.5)
+    with pytest.raises(AccountingError, match="hardly ever sampled"):
+        calibrate_noise_multiplier(1.0, 0.1, 1e-6, 10)
+    with pytest.raises(AccountingError, match="lower the noise multiplier"):
+        calibrate_steps(100.0, 1e-5, 1e-6, 100.0)
+
+
+@pytest.mark.parametrize("bad", [0, 1.5, True, -1, "10", None, math.nan])
+def test_bad_steps(bad):
+    with pytest.raises(AccountingError, match="steps"):
+        calibrate_noise_multiplier(1.0, 1e-5, 0.1, bad)

@@ -1,0 +1,97 @@
+"""`prv` against published values, quadrature, dp-accounting's PLD and its own certified lower bound."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from oracles import REFERENCE, dp_accounting_pld, one_step_delta, two_step_delta
+
+from accounting import SampledGaussian, get_accountant
+from accounting.discretise import Pair, discretise
+from accounting.prv import gaussian_epsilon, gaussian_log_delta
+
+PRV = get_accountant("prv")
+
+
+@pytest.mark.parametrize(("events", "delta", "true"), REFERENCE)
+def test_reference_values(events, delta, true, pairs):
+    assert true <= PRV.epsilon(pairs(events), delta) <= true * 1.001
+
+
+@pytest.mark.parametrize("sigma", [0.4, 0.8, 2.0, 20.0])
+@pytest.mark.parametrize(("q", "steps"), [(1e-3, 3000), (0.02, 1), (0.02, 500), (0.3, 100), (0.95, 10)])
+@pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
+def test_bracket_is_narrow(sigma, q, steps, relation):
+    detail = get_accountant("prv", relation).detail([(SampledGaussian(sigma, q), steps)], 1e-5)
+    assert 0 <= detail.lower <= detail.epsilon == min(detail.grid_epsilon, detail.rdp_epsilon)
+    assert detail.epsilon - detail.lower <= 0.02 * detail.epsilon + 1e-5
+
+
+@pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
+@pytest.mark.parametrize(("sigma", "q"), [(0.5, 0.01), (1.0, 0.1), (0.8, 0.7), (3.0, 0.3)])
+def test_one_step_is_exact(sigma, q, relation):
+    for epsilon in (0.05, 0.8):
+        true = one_step_delta(sigma, q, relation, epsilon)
+        ours = get_accountant("prv", relation).delta([(SampledGaussian(sigma, q), 1)], epsilon)
+        assert true - 1e-13 <= ours <= true * 1.02 + 1e-12
+
+
+@pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
+def test_two_steps_are_exact(relation):
+    true = two_step_delta(0.9, 0.2, relation, 0.5)
+    ours = get_accountant("prv", relation).delta([(SampledGaussian(0.9, 0.2), 2)], 0.5)
+    assert true * (1 - 1e-5) <= ours <= true * 1.02
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps"), [(1.0, 0.02, 300), (0.6, 0.1, 20), (3.0, 0.5, 50)])
+def test_between_dp_accounting_bounds(sigma, q, steps, pairs):
+    ours = PRV.epsilon(pairs([(sigma, q, steps)]), 1e-5)
+    low = dp_accounting_pld([(sigma, q, steps)], 1e-5, 2e-3, pessimistic=False)
+    high = dp_accounting_pld([(sigma, q, steps)], 1e-5, 2e-3)
+    assert low <= ours <= high * 1.001
+
+
+@pytest.mark.parametrize("direction", ["remove", "add", "replace"])
+@pytest.mark.parametrize(("sigma", "q"), [(0.5, 1e-4), (1.0, 0.05), (2.0, 0.9), (4.0, 1.0)])
+def test_discretisation_keeps_both_masses(direction, sigma, q):
+    interval = 0.01
+    grid = discretise(Pair(sigma, q, direction), interval, -40.0, -40.0, True)
+    assert grid.mass.min() >= 0
+    assert grid.mass.sum() + grid.infinite == pytest.approx(1, abs=1e-12)
+    # Q mass: E_P[e^-loss] = 1 up to the cut tails; above 1 would mean some loss was rounded down.
+    assert float(grid.mass @ np.exp(-grid.losses(interval))) <= 1 + 1e-9
+
+
+def test_heterogeneous_with_full_batch_releases():
+    mixed = [(SampledGaussian(40.0, 1.0), 100), (SampledGaussian(1.0, 0.01), 1000)]
+    detail = PRV.detail(mixed, 1e-5)
+    assert detail.method == "grid" and detail.epsilon - detail.lower < 0.01 * detail.epsilon
+    for part in mixed:
+        assert PRV.epsilon([part], 1e-5) < detail.epsilon
+
+
+def test_almost_full_batch_tends_to_the_gaussian():
+    exact = PRV.epsilon([(SampledGaussian(4.0, 1.0), 100)], 1e-5)
+    assert PRV.epsilon([(SampledGaussian(4.0, 1 - 1e-9), 100)], 1e-5) == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("mu", [1e-3, 0.1, 1.0, 10.0, 300.0])
+@pytest.mark.parametrize("delta", [1e-12, 1e-5, 0.3])
+def test_gaussian_closed_form(mu, delta):
+    epsilon = gaussian_epsilon(mu, delta)
+    assert gaussian_log_delta(mu, epsilon) <= math.log(delta)
+    if epsilon > 1e-6:
+        assert gaussian_log_delta(mu, epsilon * (1 - 1e-6)) > math.log(delta)
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps", "delta"), [(0.6, 1e-6, 10_000, 1e-9), (0.3, 1e-6, 10_000, 1e-9)])
+def test_fallback_is_recorded(sigma, q, steps, delta):
+    detail = PRV.detail([(SampledGaussian(sigma, q), steps)], delta)
+    assert detail.method == "rdp" and detail.epsilon == detail.rdp_epsilon < detail.grid_epsilon
+
+
+def test_small_delta_after_many_steps_is_not_lost_in_rounding():
+    detail = PRV.detail([(SampledGaussian(2.0, 1e-3), 1_000_000)], 1e-12)
+    assert detail.method == "grid" and detail.lower <= detail.epsilon <= detail.lower * 1.03
