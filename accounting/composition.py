@@ -134,9 +134,10 @@ def choose_window(
         if best is not None and steer.value(tilt) - log_delta + math.log(64 * _EPS * releases) > _ROUNDING_SHARE:
             continue
         window, width = _window(steer, tilt, cap, None if at_saddle else -log_delta)
-        if best is None or width < best[0]:
+        if best is None or (best[0] > 0.9 * _MAX_CELLS * interval and width < best[0]):
             best = width, window
         if width < _COMFORTABLE * interval:
+            best = width, window
             break
     assert best is not None
     return best[1]
@@ -184,6 +185,9 @@ class Composition:
         self.shift = math.fsum(count * part.shift for part, count in parts)
         self.last = min(math.ceil((high - self.shift) / interval) + 1, most)
         self.first = max(math.floor((low - self.shift) / interval) - 1, least)
+        zero = math.floor(-self.shift / interval) - 1
+        if zero >= least and self.last - zero < max(2 * (self.last - self.first), 1 << 14):
+            self.first = min(self.first, zero)  # so that an epsilon of 0 can be seen to suffice
         cells = self.last - self.first + 1
         if cells > _MAX_CELLS:
             raise GridTooLargeError(f"{cells} cells")

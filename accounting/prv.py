@@ -29,7 +29,7 @@ _FINE = 1 / 48
 _LOWER = 1 / 48
 # Excess left in epsilon (relative) and in log delta that is good enough.
 _GOOD = 4e-4
-_GOOD_LOG_DELTA = 4e-3
+_GOOD_LOG_DELTA = 5e-4
 _MAX_SUPPORT = 1 << 20
 # Shares of delta (log) that may be moved to plus infinity in all releases together.
 _LOG_SHARE = -11.0

@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as JSON ({error}); restore it or start in another --out directory.") from None
     if not isinstance(value, dict):
         raise RunError(f"{path} does not hold a JSON object; restore it or start in another --out directory.")
@@ -87,9 +87,14 @@ def digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str
     return total.hexdigest()
 
 
-def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def load_arrays(path: Path, own: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read named arrays and their metadata.
 
+    Args:
+        path: the file.
+        own: refuse a file that ``save_arrays`` did not write.
+    Returns:
+        Name -> array, and the metadata.
     Raises:
         RunError: missing, truncated, damaged, or not safetensors.
     """
@@ -103,6 +108,8 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         reason = " ".join(str(error).split())
         raise RunError(f"{path} is not a readable safetensors file ({reason}); restore it or start in another --out directory.") from None
     stated = metadata.pop("sha256", None)
+    if stated is None and own:
+        raise RunError(f"{path} carries no digest, so it is not of dptrain; restore it or start in another --out directory.")
     if stated is not None and stated != digest(arrays, metadata):
         raise RunError(f"{path} is damaged, its digest does not match; restore it or start in another --out directory.")
     return arrays, metadata
@@ -134,7 +141,7 @@ class Checkpoint:
         Raises:
             RunError: unreadable, of another format, or of another run.
         """
-        arrays, metadata = load_arrays(path)
+        arrays, metadata = load_arrays(path, own=True)
         if metadata.get("format") != FORMAT or not metadata.get("step", "").isdigit():
             raise RunError(f"{path} is not a dptrain checkpoint of format {FORMAT}; start in another --out directory.")
         if any(metadata.get(key) != value for key, value in run.items()):

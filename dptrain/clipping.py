@@ -4,7 +4,8 @@ A clipping function maps the norm ``n >= 0`` of one example's gradient in a grou
 the weight ``w`` of that example. What every function must satisfy, and what the noise is calibrated to, is ``w * n <= C``.
 The formula uses only ``+ - * /`` and ``maximum``, so one definition serves floats, NumPy, torch and TensorFlow.
 
-In floating point the bound holds up to the rounding of the norm and of the sum; ``mechanism.FLOAT_MARGIN`` pays for that.
+In floating point the bound holds up to the rounding of the norm and of the sum; ``mechanism.FLOAT_MARGIN`` pays for that. A norm is
+the root of a sum of squares, so a finite one is at most the root of the largest float, and its weight no denormal number.
 """
 
 from __future__ import annotations

@@ -468,6 +468,9 @@ def one_line(error: object) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a config file, short names included."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(TrainConfig).json_schema()}
+    for part in schema["$defs"].values():  # the name that picks the branch of a union is read before its default
+        tags = [name for name, value in part.get("properties", {}).items() if "const" in value]
+        part["required"] = sorted({*part.get("required", ()), *tags})
     for key in NAMED_PARTS:
         part = schema["properties"][key]
         if "discriminator" in part:

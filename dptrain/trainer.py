@@ -22,7 +22,7 @@ from dptrain.data import Dataset, load
 from dptrain.errors import ConfigError, DataError, RunError
 from dptrain.layer_specs import AnyLayer, Embedding
 from dptrain.losses import LOSSES
-from dptrain.mechanism import GaussianMechanism, noise_multiplier_for, release_event
+from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
 from dptrain.report import privacy_statement
@@ -191,7 +191,7 @@ def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int) ->
     """
     privacy = config.privacy
     if privacy.noise_multiplier is not None:
-        SampledGaussian(privacy.noise_multiplier, sample_rate)  # refuses what no accountant can speak of
+        SampledGaussian(event_noise_multiplier(privacy.noise_multiplier), sample_rate)  # refuses what no accountant can speak of
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
     claimed = calibrate_noise_multiplier(

@@ -161,7 +161,7 @@ class TensorFlowBackend:
         models.set_weights(model, weights)
 
     def get_optimizer_state(self, optimizer: Any) -> dict[str, np.ndarray]:
-        return {f"{i:04d}/{v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(optimizer.variables)}
+        return {f"{i:04d}/{v.path}": v.value.numpy() for i, v in enumerate(optimizer.variables)}
 
     def set_optimizer_state(self, optimizer: Any, model: Any, state: dict[str, np.ndarray]) -> None:
         values = [state[name] for name in sorted(state)]

@@ -206,7 +206,7 @@ def weight_shapes(model: Any) -> dict[str, Shape]:
 
 def get_weights(model: Any) -> Weights:
     """All weights in the exchange layout."""
-    return {name: np.ascontiguousarray(forth(keras.ops.convert_to_numpy(v))) for name, (v, forth, _) in exchange(model).items()}
+    return {name: np.ascontiguousarray(forth(v.value.numpy())) for name, (v, forth, _) in exchange(model).items()}
 
 
 def set_weights(model: Any, weights: Mapping[str, np.ndarray]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten
 
 from dptrain.errors import UnsupportedModelError
@@ -93,7 +94,7 @@ def find_units(model: nn.Module) -> list[Unit]:
             inside.add(id(module))
         if id(module) in inside:
             continue
-        own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        own = {k: p for k, p in module.named_parameters(recurse=is_parametrized(module)) if p.requires_grad}
         if not own:
             continue
         rule = rule_for(module)

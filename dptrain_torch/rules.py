@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dptrain.errors import UnsupportedModelError
@@ -177,6 +178,8 @@ RULES: Mapping[type[nn.Module], Rule] = {
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The row of a module's class; a subclass counts only if it inherits ``forward`` unchanged."""
+    if is_parametrized(module):
+        return None  # the weight is computed from other parameters
     for cls in type(module).__mro__:
         if cls in RULES:
             own = getattr(type(module), "forward", None) is getattr(cls, "forward", None)

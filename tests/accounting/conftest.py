@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # oracles.py, whatever the import mode
 
-from accounting import SampledGaussian  # noqa: E402
+from accounting import SampledGaussian
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from accounting import (
@@ -24,7 +24,7 @@ HISTORY = ((SampledGaussian(2.0, 0.01), 300),)
 @pytest.mark.parametrize("name", ACCOUNTANTS)
 @pytest.mark.parametrize("history", [(), HISTORY])
 class TestCalibration:
-    @settings(max_examples=4, deadline=None, derandomize=True)
+    @settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(epsilon=st.floats(0.7, 30), log_q=st.floats(-7, 0), steps=st.integers(1, 20_000))
     def test_noise(self, name, history, epsilon, log_q, steps):
         q = math.exp(log_q)
@@ -32,7 +32,7 @@ class TestCalibration:
         spent = get_accountant(name).epsilon([*history, (SampledGaussian(sigma, q), steps)], 1e-6)
         assert epsilon * (1 - 1e-3) <= spent <= epsilon
 
-    @settings(max_examples=4, deadline=None, derandomize=True)
+    @settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(epsilon=st.floats(0.7, 5), sigma=st.floats(0.8, 5), steps=st.integers(200, 20_000))
     def test_sample_rate(self, name, history, epsilon, sigma, steps):
         q = calibrate_sample_rate(epsilon, 1e-6, sigma, steps, name, history=history)
@@ -40,7 +40,7 @@ class TestCalibration:
         assert spent <= epsilon
         assert spent >= epsilon * (1 - 1e-3) or q == 1.0
 
-    @settings(max_examples=4, deadline=None, derandomize=True)
+    @settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(epsilon=st.floats(2.5, 6), sigma=st.floats(1.0, 1.5), log_q=st.floats(-5, -3.5))
     def test_steps(self, name, history, epsilon, sigma, log_q):
         q = math.exp(log_q)

@@ -1,0 +1,367 @@
+"""Counter-examples from published DP code, torch: handled exactly, or refused by name with the remedy (rows G of the pitfalls)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dptrain.errors import ConfigError, UnsupportedModelError
+from dptrain.randomness import NOISE, RandomKey, StepNoise
+from dptrain_torch import clipped_sum, make_plan, per_sample_norms, self_check
+from dptrain_torch.engine import full_batch
+from dptrain_torch.gradients import Batch, bounded_sum
+from dptrain_torch.losses import cross_entropy
+from dptrain_torch.update import privatize, zeros
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 0])
+
+
+def mlp(*middle: nn.Module) -> nn.Module:
+    """A small network with something in the middle."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), *middle, nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def norm(sums: dict[str, torch.Tensor]) -> float:
+    """L2 norm over all parameters."""
+    return float(torch.stack([v.square().sum() for v in sums.values()]).sum().sqrt())
+
+
+class HandTied(nn.Module):
+    """G5, G23: the embedding's table used by a function, where no module call shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.mid = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.tanh(self.mid(self.emb(x).mean(1))), self.emb.weight)
+
+
+def test_a_functional_use_is_refused_and_could_not_break_the_bound() -> None:
+    torch.manual_seed(0)
+    model, x, y = HandTied().double(), torch.randint(0, 9, (4, 5)), torch.randint(0, 9, (4,))
+    with pytest.raises(UnsupportedModelError, match=r"emb\.weight.*functional"):
+        self_check(model, cross_entropy, x, y, make_plan(model, x))
+    with pytest.raises(UnsupportedModelError, match=r"emb\.weight"):
+        clipped_sum(model, cross_entropy, x, y, 0.01, two_pass=True)
+    for i in range(4):  # book-keeping releases what it measured
+        assert norm(clipped_sum(model, cross_entropy, x[i : i + 1], y[i : i + 1], 0.01)) <= 0.01 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(5), nn.BatchNorm1d(5, affine=False), nn.SyncBatchNorm(5)])
+def test_batch_norm_is_refused_with_its_replacement(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layer '1'.*GroupNorm"):
+        per_sample_norms(mlp(layer), cross_entropy, X, Y)
+
+
+def test_frozen_batch_norm_is_refused_too() -> None:
+    layer = nn.BatchNorm1d(5).requires_grad_(False).eval()
+    with pytest.raises(UnsupportedModelError, match="GroupNorm"):
+        per_sample_norms(mlp(layer), cross_entropy, X, Y)
+
+
+def test_all_problems_come_in_one_message() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.BatchNorm2d(2))
+    with pytest.raises(UnsupportedModelError) as error:
+        per_sample_norms(model, lambda z, y: z.flatten(1).sum(1), torch.zeros(2, 1, 5, 5), None)
+    assert len(error.value.problems) == 3
+    assert all(f"'{i}'" in str(error.value) for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("arguments", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_embedding_settings_that_break_the_bound_are_refused(arguments: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, **arguments), nn.Flatten(), nn.Linear(6, 3))
+    with pytest.raises(UnsupportedModelError, match=next(iter(arguments))):
+        per_sample_norms(model, cross_entropy, torch.zeros(2, 2, dtype=torch.long), Y[:2])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+        lambda z, y: F.cross_entropy(z, y, reduction="none").mean(0, keepdim=True),
+        lambda z, y: float(F.cross_entropy(z, y).detach()),
+        lambda z, y: z,
+    ],
+)
+def test_a_loss_that_is_not_per_example_is_refused(loss: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="reduction='none'"):
+        per_sample_norms(mlp(), loss, X, Y)
+
+
+def test_a_loss_that_mixes_examples_is_refused_by_the_probe() -> None:
+    def contrastive(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(z - z.mean(0), y, reduction="none")
+
+    model = mlp()
+    with pytest.raises(UnsupportedModelError, match="depends on its batch"):
+        self_check(model, contrastive, X, Y, make_plan(model, X))
+
+
+class BatchCentring(nn.Module):
+    """G8: a layer without parameters that mixes examples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0)
+
+
+def test_a_layer_that_mixes_examples_is_refused_by_the_probe() -> None:
+    model = mlp(BatchCentring())
+    with pytest.raises(UnsupportedModelError, match="depends on its batch"):
+        self_check(model, cross_entropy, X, Y, make_plan(model, X))
+
+
+class Running(nn.Module):
+    """G24: a buffer updated from data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += x.detach().mean(0)
+        return x
+
+
+def test_a_buffer_that_stores_data_is_refused_and_restored() -> None:
+    model = mlp(Running())
+    with pytest.raises(UnsupportedModelError, match=r"buffer '1\.seen'"):
+        self_check(model, cross_entropy, X, Y, make_plan(model, X))
+    before = model[1].seen.clone()
+    with pytest.raises(UnsupportedModelError):
+        self_check(model, cross_entropy, X, Y, make_plan(model, X[:2]))
+    assert not torch.equal(before, torch.zeros(5))  # make_plan ran the model; the check itself left the buffer alone
+
+
+class TimeFirst(nn.Module):
+    """G9: the layer sees [T, B, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.fc(x.transpose(0, 1))).mean(0))
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_a_batch_axis_that_is_not_first_is_refused(length: int) -> None:
+    """Also where T happens to equal the size of one probe."""
+    x = torch.randn(4, length, 6).double()
+    model = TimeFirst().double()
+    with pytest.raises(UnsupportedModelError, match=r"fc.*first axis is the batch"):
+        self_check(model, cross_entropy, x, Y, make_plan(model, x))
+
+
+def test_ghost_norms_that_cancel_are_rounded_up() -> None:
+    """G11: positions cancel almost exactly; in float32 the double sum loses every digit, and must not be under-estimated."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8, bias=False)
+    a = torch.ones(3, 64, 8) * 30 + 1e-5 * torch.randn(3, 64, 8)
+    signs = torch.tensor([1.0, -1.0]).repeat(32)[:, None] * 30
+
+    def loss(z: torch.Tensor, y: Any) -> torch.Tensor:
+        return (z * signs.to(z.dtype)).sum((1, 2))
+
+    exact = per_sample_norms(layer.double(), loss, a.double(), None, "per_sample")
+    ours = per_sample_norms(layer.float(), loss, a, None, "ghost").double()
+    assert bool((ours >= exact * (1 - 1e-4)).all())
+    for i in range(3):
+        part = clipped_sum(layer, loss, a[i : i + 1], None, 1e-3, "ghost")["weight"]
+        assert float(part.norm()) <= 1e-3 * (1 + 1e-4)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    """G13."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Module, use: bool) -> None:
+            super().__init__()
+            self.inner, self.use = inner, use
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False) if self.use else self.inner(x)
+
+    inner = mlp()
+    one = clipped_sum(Checkpointed(inner, True), cross_entropy, X, Y, 0.1)
+    two = clipped_sum(Checkpointed(inner, False), cross_entropy, X, Y, 0.1)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_dropout_draws_one_mask_for_norm_and_gradient(p: float, two_pass: bool) -> None:
+    """G21: one example stays within its bound, and is clipped to exactly C."""
+    model = mlp(nn.Dropout(p))
+    plan = make_plan(model, X, max_grad_norm=1e-3)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        sums = bounded_sum(model, cross_entropy, full_batch(X[:1], Y[:1]), plan, two_pass=two_pass).sums
+        assert norm(sums) == pytest.approx(1e-3, rel=1e-9)
+
+
+def test_dropout_inside_a_slow_layer_is_refused() -> None:
+    model = nn.Sequential(nn.LSTM(6, 3, 2, dropout=0.5, batch_first=True))
+    with pytest.raises(UnsupportedModelError, match="dropout to 0"):
+        per_sample_norms(model, lambda z, y: z[0].sum((1, 2)), X[:, None].float(), Y)
+
+
+def test_zero_gradients_and_non_finite_examples_have_finite_weights() -> None:
+    """G19, G29, L15: zero input, NaN, infinity and an overflow beside good examples; the good ones are untouched."""
+    model = nn.Sequential(nn.Linear(6, 3, bias=False)).double()
+    x = torch.stack([X[0], torch.zeros(6, dtype=torch.float64), torch.full((6,), float("nan"), dtype=torch.float64), torch.full((6,), 1e308, dtype=torch.float64), X[1]])
+    y = torch.tensor([0, 1, 2, 0, 1])
+    good = torch.tensor([0, 1, 4])
+    for strategy in ("ghost", "per_sample"):
+        for clipping in ("abadi", "automatic"):
+            for two_pass in (False, True):
+                plan = make_plan(model, x, strategy, clipping=clipping)
+                grads = bounded_sum(model, cross_entropy, full_batch(x, y), plan, two_pass=two_pass)
+                clean = bounded_sum(model, cross_entropy, full_batch(x[good], y[good]), plan)
+                torch.testing.assert_close(grads.sums, clean.sums, rtol=1e-12, atol=1e-15)
+                assert float(grads.stats["nonfinite"]) == 2
+
+
+def test_padding_has_weight_zero_whatever_it_holds() -> None:
+    model = mlp()
+    x, y = torch.cat([X, torch.full((2, 6), float("nan")).double()]), torch.cat([Y, Y[:2]])
+    plan = make_plan(model, X, max_grad_norm=0.1)
+    mask = torch.tensor([True] * 4 + [False] * 2)
+    padded = bounded_sum(model, cross_entropy, Batch(x, y, mask), plan).sums
+    torch.testing.assert_close(padded, bounded_sum(model, cross_entropy, full_batch(X, Y), plan).sums, rtol=1e-12, atol=1e-15)
+
+
+def test_every_trainable_parameter_gets_noise_used_or_not() -> None:
+    """G4, G17: an empty batch, and a layer that no example reaches."""
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.expert = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Unused().double()
+    plan = make_plan(model, X)
+    assert "expert" in plan.groups[0].layers
+    assert plan.groups[0].num_params == sum(p.numel() for p in model.parameters())
+    for total in (zeros(model), bounded_sum(model, cross_entropy, full_batch(X, Y), plan)):
+        released = privatize(total, plan, {"all": 1.0}, StepNoise(RandomKey.make(NOISE), 0)).sums
+        assert set(released) == {n for n, _ in model.named_parameters()}
+        assert all(float((released[n] - total.sums[n]).abs().min()) > 0 for n in released)
+
+
+def test_noise_has_the_planned_variance_per_group_and_is_independent() -> None:
+    """math.md 7.4: chi-square on the variance of each group, two-sided, 1e-6; cross-correlations below 5.6 standard errors."""
+    from scipy.stats import chi2
+
+    model = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 40)).double()
+    x = torch.zeros(2, 60).double()
+    plan, stds = make_plan(model, x, grouping="per_layer"), {"0": 0.5, "2": 3.0}
+    key = RandomKey.make(NOISE, 3)
+    draws = [privatize(zeros(model), plan, stds, StepNoise(key, step)).sums for step in range(2)]
+    for prefix, std in stds.items():
+        values = np.concatenate([d[n].numpy().ravel() for d in draws for n in d if n.startswith(prefix)])
+        statistic = float((values**2).sum()) / std**2
+        low, high = chi2.ppf([0.25e-6, 1 - 0.25e-6], len(values))  # two groups share 1e-6
+        assert low < statistic < high
+    flat = [d["0.weight"].numpy().ravel() for d in draws] + [draws[0]["2.weight"].numpy().ravel()]
+    for i in range(3):
+        for j in range(i):
+            n = min(len(flat[i]), len(flat[j]))
+            assert abs(np.corrcoef(flat[i][:n], flat[j][:n])[0, 1]) < 5.6 / np.sqrt(n)
+
+
+def test_noise_does_not_depend_on_the_batch() -> None:
+    model = mlp()
+    plan = make_plan(model, X)
+    noise = StepNoise(RandomKey.make(NOISE, 5), 0)
+    difference = []
+    for picks in ([0], [1, 2, 3]):
+        total = bounded_sum(model, cross_entropy, full_batch(X[picks], Y[picks]), plan)
+        released = privatize(total, plan, {"all": 1.0}, noise)
+        difference.append({n: released.sums[n] - total.sums[n] for n in total.sums})
+    torch.testing.assert_close(difference[0], difference[1], rtol=0, atol=1e-12)
+
+
+def test_unfreezing_after_planning_is_an_error() -> None:
+    """G4: a parameter that the plan does not know must not be trained."""
+    model = mlp()
+    model[0].requires_grad_(False)
+    plan = make_plan(model, X)
+    model[0].requires_grad_(True)
+    with pytest.raises(ConfigError, match="make a new plan"):
+        bounded_sum(model, cross_entropy, full_batch(X, Y), plan)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    """G28."""
+    model = mlp().requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="unfreeze"):
+        per_sample_norms(model, cross_entropy, X, Y)
+    model = mlp()
+    with pytest.raises(UnsupportedModelError, match="nothing would be trained"):
+        per_sample_norms(model, lambda z, y: cross_entropy(z.detach(), y), X, Y)
+
+
+def test_an_input_overwritten_in_place_after_a_layer_read_it_is_an_error() -> None:
+    """G12: the activation that was measured is gone."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.one(x).clone()
+            z = self.two(h)
+            h.data.mul_(1.0)  # hidden from autograd, not from us
+            h.mul_(2.0)
+            return z + h.sum(1, keepdim=True)
+
+    with pytest.raises((UnsupportedModelError, RuntimeError), match=r"in place|inplace"):
+        per_sample_norms(Overwrites().double(), cross_entropy, X, Y)
+
+
+def test_weight_norm_goes_by_the_slow_method_and_is_exact() -> None:
+    """G5: a parametrised weight is computed from others; the module as a whole is rebuilt per example."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3)).double()
+    rows = []
+    for i in range(4):
+        gradients = torch.autograd.grad(cross_entropy(model(X[i : i + 1]), Y[i : i + 1]).sum(), list(model.parameters()))
+        rows.append(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
+    torch.testing.assert_close(per_sample_norms(model, cross_entropy, X, Y), torch.stack(rows), rtol=1e-9, atol=0)
+
+
+def test_no_weight_gradient_is_computed_by_the_backward_pass() -> None:
+    """Book-keeping: autograd is never asked for a weight gradient; native kernels see one only through our own weighted sums."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        masks: list[list[bool]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution_backward.default:
+                self.masks.append(list(args[10]))
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(2, 2, 8, 8)
+    model(x)
+    plan = make_plan(model, x)
+    with Watch() as watch:
+        bounded_sum(model, cross_entropy, full_batch(x, Y[:2]), plan)
+    from_autograd = [m for m in watch.masks if m[0]]
+    assert from_autograd == [[True, False, False]]  # one input gradient between the convolutions, no weight gradient with it
