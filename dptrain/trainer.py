@@ -18,7 +18,7 @@ from accounting import AccountingError, SampledGaussian, calibrate_noise_multipl
 from dptrain.backend import Backend, get_backend
 from dptrain.checkpoint import Checkpoint, atomic_write, save_arrays, write_json
 from dptrain.config import TrainConfig
-from dptrain.data import Dataset, load
+from dptrain.data import Dataset, load, validate
 from dptrain.errors import ConfigError, DataError, RunError
 from dptrain.layer_specs import AnyLayer, Embedding
 from dptrain.losses import LOSSES
@@ -164,6 +164,8 @@ def prepare(config: TrainConfig, backend: str = "torch", data: Dataset | None = 
     if data is None:
         c = config.data
         data = load(c.name, path=c.path, download=c.download, source=c.source, num_classes=c.num_classes, limit=c.limit)
+    else:
+        validate(data)
     count = len(data.x_train)
     rate, steps = config.sampling.rate(count), config.sampling.num_steps(count)
     outputs = num_outputs(config, data)

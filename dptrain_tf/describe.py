@@ -49,8 +49,8 @@ def describe(model: Any, x: Any) -> ModelInfo:
     ]
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))
-    order = {name: i for i, name in enumerate(calls)}
-    units = sorted(units, key=lambda unit: order.get(unit.name, len(order)))
+    order, graph = {name: i for i, name in enumerate(calls)}, graph_order(model)
+    units = sorted(units, key=lambda unit: (unit.name not in order, graph.get(id(unit.layer), 0), order.get(unit.name, 0)))
     parameters, seen, layers = trainable(model), set[str](), []
     for unit in units:
         own = [name for name in dict.fromkeys(unit.params.values()) if name not in seen]
@@ -58,6 +58,30 @@ def describe(model: Any, x: Any) -> ModelInfo:
         count = sum(math.prod(parameters[name].shape) for name in own)
         layers.append(layer_info(unit, calls.get(unit.name, []), count))
     return ModelInfo(tuple(layers))
+
+
+def graph_order(model: Any) -> dict[int, int]:
+    """Layer id -> rank of a functional model's layers in the order of a depth-first walk, one branch after the other.
+
+    Keras runs parallel branches in step with each other, where the same model written as code runs one after the other, as torch does;
+    plans of both are compared. Empty for a model without a graph.
+    """
+    ranks: dict[int, int] = {}
+    seen: set[int] = set()
+    stack = [(tensor, False) for tensor in reversed(tf.nest.flatten(getattr(model, "outputs", None) or []))]
+    while stack:
+        tensor, done = stack.pop()
+        operation, index, _ = tensor._keras_history
+        node = operation._inbound_nodes[index]
+        if done:
+            below = children(operation) if hasattr(operation, "_flatten_layers") else ()
+            for layer in below:
+                ranks.setdefault(id(layer), len(seen))
+            seen.add(id(node))
+        elif id(node) not in seen:
+            stack.append((tensor, True))
+            stack += [(parent, False) for parent in reversed(node.input_tensors)]
+    return ranks
 
 
 def layer_info(unit: Unit, calls: list[Call], num_params: int) -> LayerInfo:

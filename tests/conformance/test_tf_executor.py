@@ -761,3 +761,11 @@ def test_float32_agrees_with_torch(strategy: str) -> None:
     scale = max(float(v.abs().max()) for v in b.values())
     for name, (path, order) in exchange.items():
         assert np.abs(a[path].numpy().transpose(order) - b[name].numpy()).max() <= 1e-5 * scale
+
+
+def test_layers_are_listed_branch_by_branch() -> None:
+    """As torch calls them, where Keras itself runs parallel branches in step: plans are compared across frameworks."""
+    x = L.Input((4,))
+    body = L.Dense(4, name="body2")(L.Dense(4, name="body1")(x))
+    model = keras.Model(x, L.Dense(2, name="head")(L.Add()([body, L.Dense(4, name="down2")(L.Dense(4, name="down1")(x))])))
+    assert [layer.name for layer in engine.describe(model, data((4,), 0)).layers] == ["body1", "body2", "down1", "down2", "head"]
