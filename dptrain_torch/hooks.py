@@ -135,6 +135,7 @@ class Tap:
         self.calls: list[Call] = []
         self._edges: list[tuple[Call, int, Any]] = []
         self._hooks: list[Any] = []
+        self._arrivals: list[Any] = []
         self._sink: Callable[[Call], None] = lambda call: None
 
     def __enter__(self) -> Tap:
@@ -171,13 +172,12 @@ class Tap:
             self._edges += [(call, i, get_gradient_edge(z)) for i, z in enumerate(call.outputs) if z.requires_grad]
             return
         edge = get_gradient_edge(call.outputs[0])
-        handle: list[Any] = []
+        place = edge.output_nr  # the closure must not hold the node, which holds the closure
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> None:
-            handle.pop().remove()
-            self._deliver(call, [gradients[edge.output_nr]])
+            self._deliver(call, [gradients[place]])
 
-        handle.append(edge.node.register_prehook(arrive))
+        self._arrivals.append(edge.node.register_prehook(arrive))
 
     def _deliver(self, call: Call, cotangents: list[Tensor | None]) -> None:
         call.cotangents = [None if g is None else g.detach() for g in cotangents]
@@ -202,7 +202,12 @@ class Tap:
         edges = [edge for _, _, edge in self._edges]
         if not edges:
             return
-        gradients: list[Tensor | None] = list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain_graph))
+        try:
+            gradients: list[Tensor | None] = list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain_graph))
+        finally:
+            for hook in self._arrivals:  # never from inside a hook: autograd is iterating over them there
+                hook.remove()
+            self._arrivals = []
         by_call: dict[int, list[int]] = {}
         for position, (call, _, _) in enumerate(self._edges):
             by_call.setdefault(id(call), []).append(position)

@@ -289,7 +289,7 @@ CASES: list[Case] = [
     simple("rms norm", (3, 6), lambda: [nn.Linear(6, 6), nn.RMSNorm(6), nn.Tanh()], lambda: [KL.Dense(6, **D64), KL.RMSNormalization(**D64), KL.Activation("tanh", **D64)]),
     simple("in-place activation", (4, 4, 2), lambda: [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 3), nn.ELU(inplace=True)], None, (2, 4, 4)),
     simple("prelu, slow method", (4, 4, 2), lambda: [nn.Conv2d(2, 3, 3), nn.PReLU(3)], lambda: [KL.Conv2D(3, 3, **D64), KL.PReLU(**D64)], (2, 4, 4)),
-    simple("einsum dense", (3, 5), None, lambda: [KL.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de", **D64)]),
+    simple("einsum dense", (3, 5), None, lambda: [KL.EinsumDense("abc,cde->abde", (3, 2, 3), bias_axes="de", **D64)]),
     simple("nested models", (4,), lambda: [nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 3)))], lambda: [keras.Sequential([KL.Dense(3, **D64), keras.Sequential([KL.Dense(3, activation="tanh", **D64)])])]),
     Case("layer called three times", (8, 8, 2), seeded(CalledThrice), keras_called_thrice, (2, 8, 8)),
     Case("tied embedding and output", (5,), seeded(Tied), None, tokens=7),

@@ -8,14 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance import torch_side
+from tests.conformance import tf_side, torch_side
 from tests.conformance.cases import CASES, Case
 
-try:
-    from tests.conformance import tf_side
-except ImportError:  # until the backend exists
-    tf_side = None  # type: ignore[assignment]
-SIDES: dict[str, ModuleType] = {"torch": torch_side} | ({"tensorflow": tf_side} if tf_side else {})
+SIDES: dict[str, ModuleType] = {"torch": torch_side, "tensorflow": tf_side}
 ROWS = [
     pytest.param(side, case, id=f"{name}-{case.name}")
     for name, side in SIDES.items()
