@@ -49,9 +49,13 @@ def train(
     from dptrain.trainer import train as run
 
     directory = out or fresh_directory(config.stem, backend)
-    with Display(loaded, backend, directory, quiet) as display:
-        result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start)
-    display.finish(result)
+    try:
+        with Display(loaded, backend, directory, quiet) as display:
+            result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start)
+        display.finish(result)
+    except KeyboardInterrupt:
+        print(f"dptrain: interrupted; the same command with --out {directory} resumes the run.", file=sys.stderr)
+        raise typer.Exit(130) from None
     if not result.complete:
         raise typer.Exit(130)
 
@@ -180,11 +184,11 @@ def main() -> None:
     from accounting.errors import AccountingError, LedgerError
 
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="dptrain")
     except typer.Exit as stop:
         code = stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        print("dptrain: interrupted; the same command with the same --out resumes the run.", file=sys.stderr)
+        print("dptrain: interrupted.", file=sys.stderr)
         code = 130
     except Exception as error:
         from dptrain.errors import DptrainError

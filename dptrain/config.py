@@ -232,9 +232,12 @@ class TrainConfig(Part):
     @model_validator(mode="before")
     @classmethod
     def _short_names(cls, raw: Any) -> Any:
-        """``strategy: ghost`` stands for ``strategy: {name: ghost}``; the same for model, data and optimizer."""
-        if isinstance(raw, Mapping):
-            return {k: {"name": v} if k in NAMED_PARTS and isinstance(v, str) else v for k, v in raw.items()}
+        """``strategy: ghost`` stands for ``strategy: {name: ghost}``, and settings without a name are those of the default strategy."""
+        if not isinstance(raw, Mapping):
+            return raw
+        raw = {k: {"name": v} if k in NAMED_PARTS and isinstance(v, str) else v for k, v in raw.items()}
+        if isinstance(raw.get("strategy"), Mapping):
+            raw["strategy"] = {"name": MixedGhost().name, **raw["strategy"]}
         return raw
 
     @model_validator(mode="after")
@@ -468,9 +471,9 @@ def one_line(error: object) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a config file, short names included."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(TrainConfig).json_schema()}
-    for part in schema["$defs"].values():  # the name that picks the branch of a union is read before its default
+    for title, part in schema["$defs"].items():  # the name that picks the branch of a union is read before its default
         tags = [name for name, value in part.get("properties", {}).items() if "const" in value]
-        part["required"] = sorted({*part.get("required", ()), *tags})
+        part["required"] = sorted({*part.get("required", ()), *(tags if title != MixedGhost.__name__ else ())})
     for key in NAMED_PARTS:
         part = schema["properties"][key]
         if "discriminator" in part:

@@ -218,8 +218,8 @@ def initial_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         shape: torch's shape: ``[p, D]``, ``[p, D/groups, *kernel]``, transposed ``[D, p, *kernel]``, embeddings ``[V, D]``.
         seed: the config's public seed.
     Returns:
-        float32 array: zeros for a bias, ones for a scale, N(0, 0.02) for an embedding, else uniform with variance
-        ``2 / (fan_in + fan_out)`` (Glorot and Bengio 2010).
+        float32 array: zeros for a bias, ones for a scale, N(0, 0.02) for a table of positions (``...embedding.weight``), else uniform
+        with variance ``2 / (fan_in + fan_out)`` (Glorot and Bengio 2010), tables of tokens included.
     """
     if name.endswith("bias"):
         return np.zeros(shape, np.float32)

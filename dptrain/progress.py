@@ -72,7 +72,7 @@ class Display:
         """Print accuracy, epsilon and where everything is."""
         say: Any = self.console.print
         if not result.complete:
-            say(f"stopped after step {result.steps}; the same command resumes it")
+            say(f"stopped after step {result.steps}; the same command with --out {self.out} resumes it")
         named = {
             "accuracy": f"test accuracy {result.metrics.get('accuracy', 0):.4f}",
             "loss": f"test loss {result.metrics.get('loss', 0):.4f}",

@@ -19,7 +19,7 @@ from tensorflow import Tensor
 
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import CONV, EMBEDDING, LINEAR, NORM
-from dptrain_tf.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, wide
+from dptrain_tf.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, wide
 
 Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
 
@@ -155,14 +155,12 @@ def conv_groups(layer: Any, channels: int) -> int:
 def conv_facts(layer: Any, a: Tensor, z: Tensor) -> Facts:
     taps = math.prod(layer.kernel_size)
     if transposed(layer):  # the roles of input and output are swapped
-        positions, padded = math.prod(a.shape[1:-1]), math.prod(z.shape[1:-1])
-        fan_out, channels, groups = a.shape[-1], z.shape[-1], 1
+        windows, fan_out, channels, groups = tuple(a.shape[1:-1]), a.shape[-1], z.shape[-1], 1
     else:
-        sizes = tuple(a.shape[1:-1])
-        padded = math.prod(n + low + high for n, (low, high) in zip(sizes, conv_pads(layer, sizes), strict=True))
-        positions, fan_out, channels = math.prod(z.shape[1:-1]), z.shape[-1], a.shape[-1]
+        windows, fan_out, channels = tuple(z.shape[1:-1]), z.shape[-1], a.shape[-1]
         groups = conv_groups(layer, channels)
-    channels //= groups
+    positions, channels = math.prod(windows), channels // groups
+    padded = math.prod(covered(windows, layer.kernel_size, layer.strides, layer.dilation_rate))
     attrs = {"groups": groups, "kernel": taps, "channels": channels, "padded": padded}
     return {"positions": positions, "fan_in": channels * taps, "fan_out": fan_out, "attrs": attrs}
 

@@ -47,6 +47,11 @@ def square_sum(x: Tensor) -> Tensor:
     return tf.reduce_sum(tf.square(x), axis=list(range(1, x.shape.rank)))
 
 
+def covered(positions: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Size per axis of the padded input that a convolution's windows reach."""
+    return tuple((t - 1) * r + d * (k - 1) + 1 for t, k, r, d in zip(positions, kernel, stride, dilation, strict=True))
+
+
 @dataclass(eq=False)
 class Use:
     """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
@@ -191,10 +196,13 @@ class ConvUse(Use):
     ghost = True
 
     def padded(self) -> Tensor:
-        """The input padded exactly as the layer does it, so that what follows is a convolution with padding 0 (G3)."""
-        if not any(map(any, self.pads)):
-            return self.x
-        return tf.pad(self.x, [(0, 0), *self.pads, (0, 0)])
+        """The input padded exactly as the layer does it, so that what follows is a convolution with padding 0 (G3).
+
+        Rows that no window reaches are cut off.
+        """
+        x = tf.pad(self.x, [(0, 0), *self.pads, (0, 0)]) if any(map(any, self.pads)) else self.x
+        reach = covered(self.g.shape[1:-1], self.kernel, self.stride, self.dilation)
+        return x if tuple(x.shape[1:-1]) == reach else x[(slice(None), *(slice(n) for n in reach))]
 
     def offsets(self) -> list[tuple[slice, ...]]:
         """For each kernel tap, the slices of the padded input that it meets at the output positions."""
@@ -260,7 +268,9 @@ class ConvUse(Use):
         return tf.reduce_sum(tf.reshape(tf.sqrt(patch) * tf.sqrt(energies(self.g)), [b, -1, k]), axis=1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        return self.native(w) if self.native else self.contract(self.g * column(w, self.g), "")
+        # TensorFlow 2.21 on CPU reads out of bounds in the filter gradient of a strided convolution with a 1x1 kernel.
+        unsafe = max(self.kernel) == 1 and max(self.stride) > 1
+        return self.native(w) if self.native and not unsafe else self.contract(self.g * column(w, self.g), "")
 
     def keep(self, finite: Tensor) -> Use:
         return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g), native=None)

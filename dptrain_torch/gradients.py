@@ -245,15 +245,16 @@ def bounded_sum(
 def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str]) -> dict[str, Tensor]:
     """The same sums from a backward pass over the reweighted losses, one pass per group."""
     parameters = trainable(model)
-    sums: dict[str, Tensor | None] = {}
+    sums: dict[str, Tensor] = {}
     for i, (group, w) in enumerate(weights.items()):
-        names = [name for name in parameters if group_of[name] == group]
         with torch.enable_grad():
             total = (losses * w).sum()
         last = i == len(weights) - 1
-        gradients = torch.autograd.grad(total, [parameters[n] for n in names], retain_graph=not last, allow_unused=True)
-        sums.update(zip(names, gradients, strict=True))
-    return {n: zeros_like(p) if (value := sums.get(n)) is None else value for n, p in parameters.items()}
+        # All parameters are asked for, not the group's alone: torch 2.13 crashes in the backward pass of a GroupNorm on channels-last
+        # arrays when the gradient of its input is not wanted.
+        gradients = torch.autograd.grad(total, list(parameters.values()), retain_graph=not last, allow_unused=True)
+        sums |= {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None and group_of[n] == group}
+    return {n: sums[n] if n in sums else zeros_like(p) for n, p in parameters.items()}
 
 
 def plain_sum(model: nn.Module, loss: Loss, batch: Batch) -> Grads:

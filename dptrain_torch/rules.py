@@ -6,6 +6,7 @@ module that treats examples independently; a class that mixes examples is refuse
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import CONV, EMBEDDING, LINEAR, NORM
-from dptrain_torch.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, wide
+from dptrain_torch.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, wide
 
 Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
 
@@ -68,12 +69,11 @@ def conv_pads(module: Any) -> tuple[tuple[int, int], ...]:
 def conv_facts(module: Any, a: Tensor, z: Tensor) -> Facts:
     taps = torch.Size(module.kernel_size).numel()
     if module.transposed:  # the roles of input and output are swapped
-        positions, padded, fan_out, channels = a[0, 0].numel(), z[0, 0].numel(), module.in_channels, module.out_channels
+        windows, fan_out, channels = a.shape[2:], module.in_channels, module.out_channels
     else:
-        pads = conv_pads(module)
-        padded = torch.Size([n + low + high for n, (low, high) in zip(a.shape[2:], pads, strict=True)]).numel()
-        positions, fan_out, channels = z[0, 0].numel(), module.out_channels, module.in_channels
-    channels //= module.groups
+        windows, fan_out, channels = z.shape[2:], module.out_channels, module.in_channels
+    positions, channels = windows.numel(), channels // module.groups
+    padded = math.prod(covered(windows, module.kernel_size, module.stride, module.dilation))
     attrs = {"groups": module.groups, "kernel": taps, "channels": channels, "padded": padded}
     return {"positions": positions, "fan_in": channels * taps, "fan_out": fan_out, "attrs": attrs}
 

@@ -34,6 +34,11 @@ def per_example(flags: Tensor, x: Tensor) -> Tensor:
     return torch.where(flags.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
+def covered(positions: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Size per axis of the padded input that a convolution's windows reach."""
+    return tuple((t - 1) * r + d * (k - 1) + 1 for t, k, r, d in zip(positions, kernel, stride, dilation, strict=True))
+
+
 @dataclass
 class Use:
     """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
@@ -165,10 +170,15 @@ class ConvUse(Use):
         return (self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
 
     def padded(self) -> Tensor:
-        """The input padded exactly as the layer does it, so that what follows is a convolution with padding 0 (G3)."""
-        if not any(map(any, self.pads)):
-            return self.x
-        return F.pad(self.x, [n for pair in reversed(self.pads) for n in pair], mode=self.mode)
+        """The input padded exactly as the layer does it, so that what follows is a convolution with padding 0 (G3).
+
+        Rows that no window reaches are cut off.
+        """
+        x = self.x
+        if any(map(any, self.pads)):
+            x = F.pad(x, [n for pair in reversed(self.pads) for n in pair], mode=self.mode)
+        reach = covered(self.g.shape[2:], self.kernel, self.stride, self.dilation)
+        return x[(slice(None), slice(None), *(slice(n) for n in reach))]
 
     def offsets(self) -> list[tuple[slice, ...]]:
         """For each kernel tap, the slices of the padded input that it meets at the output positions."""
