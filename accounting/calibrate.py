@@ -120,9 +120,7 @@ class _Budget:
         return self.accountant.epsilon(events, self.delta)
 
     def unreachable(self, best: str, change: str) -> AccountingError:
-        return AccountingError(
-            f"{self.where}: epsilon {self.target:g} at delta {self.delta:g} is out of reach: {best}; {change}."
-        )
+        return AccountingError(f"{self.where}: epsilon {self.target:g} at delta {self.delta:g} is out of reach: {best}; {change}.")
 
 
 def _close(good: float, bad: float) -> bool:

@@ -105,9 +105,7 @@ def _chernoff_step(log_mgf: _Function, slope: _Function, level: float, cap: floa
     return _bisect_log(lambda t: t * slope(t) - log_mgf(t) - level, cap * 1e-14, cap, 1e-2)
 
 
-def choose_window(
-    parts: Sequence[tuple[GridLoss, int]], interval: float, *, log_delta: float, epsilon: float | None = None
-) -> Window:
+def choose_window(parts: Sequence[tuple[GridLoss, int]], interval: float, *, log_delta: float, epsilon: float | None = None) -> Window:
     """Returns a tilt and the tilts that bound both tails, chosen so that the window is small.
 
     Args:

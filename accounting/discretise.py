@@ -253,9 +253,7 @@ def _anchor(pair: Pair, interval: float, index: Array) -> tuple[int, float]:
     if pair.q == 1.0:
         anchor, step = last // 2, 0.0
     else:
-        anchor, step = {"remove": (0, 0.5), "add": (last, -0.5), "replace": (int(np.clip(-index[0], 0, last)), 0.0)}[
-            pair.direction
-        ]
+        anchor, step = {"remove": (0, 0.5), "add": (last, -0.5), "replace": (int(np.clip(-index[0], 0, last)), 0.0)}[pair.direction]
     centre = float(index[anchor]) * interval
     for _ in range(20):
         low = centre - interval / 2 if anchor > 0 else -np.inf

@@ -57,9 +57,7 @@ def check_delta(value: Any, *, where: str) -> float:
     """Returns a delta strictly between 0 and 1; raises AccountingError otherwise."""
     number = check_real(value, "delta", where=where)
     if not 0.0 < number < 1.0:
-        raise AccountingError(
-            f"{where}: delta must lie strictly between 0 and 1, got {number!r}; use a value below 1 / data-set size."
-        )
+        raise AccountingError(f"{where}: delta must lie strictly between 0 and 1, got {number!r}; use a value below 1 / data-set size.")
     return number
 
 
@@ -68,8 +66,7 @@ def check_sample_rate(value: Any, *, where: str) -> float:
     number = check_real(value, "sample_rate", where=where)
     if not 0.0 < number <= 1.0:
         raise AccountingError(
-            f"{where}: sample_rate must lie in (0, 1], got {number!r};"
-            " pass the probability with which one example enters a step."
+            f"{where}: sample_rate must lie in (0, 1], got {number!r}; pass the probability with which one example enters a step."
         )
     return number
 

@@ -47,9 +47,7 @@ class SampledGaussian:
             )
         rate = check_sample_rate(self.sample_rate, where=where)
         if rate < _MIN_SAMPLE_RATE:
-            raise AccountingError(
-                f"{where}: sample_rate must be at least {_MIN_SAMPLE_RATE:g}, got {rate!r}; account for a larger rate."
-            )
+            raise AccountingError(f"{where}: sample_rate must be at least {_MIN_SAMPLE_RATE:g}, got {rate!r}; account for a larger rate.")
         object.__setattr__(self, "noise_multiplier", sigma)
         object.__setattr__(self, "sample_rate", rate)
 

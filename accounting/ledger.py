@@ -239,9 +239,7 @@ class PrivacyLedger:
                 f"ledger {self._path}: already exists; continue it with PrivacyLedger.open(path) or choose a new path."
             ) from None
         except OSError as error:
-            raise LedgerError(
-                f"ledger {self._path}: cannot be created ({error.strerror}); choose a writable directory."
-            ) from error
+            raise LedgerError(f"ledger {self._path}: cannot be created ({error.strerror}); choose a writable directory.") from error
         try:
             self._lock()
             self._append(_HEADER)
@@ -280,9 +278,7 @@ class PrivacyLedger:
     def __enter__(self) -> PrivacyLedger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -326,9 +322,7 @@ def _check_header(line: bytes, name: str) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise LedgerError(f"ledger {name}: line 1 is not a dptrain ledger header; this is another kind of file.")
     if version > _VERSION:
-        raise LedgerError(
-            f"ledger {name}: line 1 announces format {version}, this dptrain knows up to {_VERSION}; upgrade dptrain."
-        )
+        raise LedgerError(f"ledger {name}: line 1 announces format {version}, this dptrain knows up to {_VERSION}; upgrade dptrain.")
 
 
 def _parse(line: bytes, previous: SampledGaussian | None) -> tuple[SampledGaussian, int]:

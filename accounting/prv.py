@@ -174,9 +174,7 @@ class PRVAccountant:
                 scale = abs(value) if log_delta is not None else 1.0
                 if (coarse - value) / 3 <= good * scale:
                     break
-            result = self._evaluate(
-                mu, sampled, spacing, upper=True, budget=budget, log_delta=log_delta, epsilon=epsilon
-            )
+            result = self._evaluate(mu, sampled, spacing, upper=True, budget=budget, log_delta=log_delta, epsilon=epsilon)
             if result is None:
                 break
             found.append(result)

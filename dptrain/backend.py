@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -155,3 +158,37 @@ def get_backend(name: str, performance: Performance | None = None) -> Backend:
         raise RunError(f"The backend {name!r} needs {package}, which is not installed; run: pip install 'dptrain[{extra}]'.")
     backend: Backend = importlib.import_module(module).make_backend(performance or Performance())
     return backend
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Silence what native libraries write to stderr; TensorFlow's start-up messages obey no setting.
+
+    Python's own errors are not affected: they are raised, and printed later.
+    """
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # no stderr at all
+        yield
+        return
+    with open(os.devnull, "w") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def preload(name: str, performance: Performance | None = None) -> None:
+    """Import a backend without its greetings; for the command line.
+
+    Args:
+        name: ``torch`` or ``tensorflow``.
+        performance: device, precision and compilation.
+    Raises:
+        RunError: as ``get_backend``.
+    """
+    with quiet_stderr():
+        get_backend(name, performance)

@@ -46,9 +46,11 @@ def train(
     from dptrain.progress import Display
 
     loaded = TrainConfig.load(config, set_)
+    from dptrain.backend import preload
     from dptrain.trainer import train as run
 
     directory = out or fresh_directory(config.stem, backend)
+    preload(backend, loaded.performance)
     try:
         with Display(loaded, backend, directory, quiet) as display:
             result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start)
@@ -71,12 +73,14 @@ def fresh_directory(stem: str, backend: str) -> Path:
 @app.command()
 def plan(config: ConfigPath, backend: BackendName = "torch", set_: Overrides = []) -> None:  # noqa: B006
     """Show what would be done to each layer, and the noise, without training."""
+    from dptrain.backend import preload
     from dptrain.config import TrainConfig
     from dptrain.mechanism import GaussianMechanism, release_event
     from dptrain.tables import plan_table, render
     from dptrain.trainer import noise_multiplier, prepare
 
     loaded = TrainConfig.load(config, set_)
+    preload(backend, loaded.performance)
     setup = prepare(loaded, backend)
     stds = None
     if setup.plan.private:

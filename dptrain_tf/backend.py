@@ -47,7 +47,9 @@ class TensorFlowBackend:
                 tf.zeros(()).numpy()
         except (ValueError, RuntimeError, tf.errors.OpError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError(f"performance.device {performance.device!r} cannot be used by TensorFlow ({reason}); choose cpu or auto.") from None
+            raise RunError(
+                f"performance.device {performance.device!r} cannot be used by TensorFlow ({reason}); choose cpu or auto."
+            ) from None
 
     # --- building ---
     def build_model(self, config: TrainConfig, input_shape: tuple[int, ...], num_outputs: int) -> Any:
@@ -165,7 +167,9 @@ class TensorFlowBackend:
 
     def set_optimizer_state(self, optimizer: Any, model: Any, state: dict[str, np.ndarray]) -> None:
         values = [state[name] for name in sorted(state)]
-        if len(values) != len(optimizer.variables) or any(a.shape != tuple(v.shape) for a, v in zip(values, optimizer.variables, strict=True)):
+        if len(values) != len(optimizer.variables) or any(
+            a.shape != tuple(v.shape) for a, v in zip(values, optimizer.variables, strict=True)
+        ):
             raise RunError("The checkpoint's optimizer state does not fit the optimizer; start in another --out directory.")
         for variable, value in zip(optimizer.variables, values, strict=True):
             variable.assign(value)

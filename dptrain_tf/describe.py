@@ -94,6 +94,4 @@ def layer_info(unit: Unit, calls: list[Call], num_params: int) -> LayerInfo:
     attrs = dict(facts[0].get("attrs", {}))
     if "padded" in attrs:
         attrs["padded"] = sum(f["attrs"]["padded"] for f in facts)
-    return LayerInfo(
-        unit.name, unit.kind, positions, facts[0]["fan_in"], facts[0]["fan_out"], num_params, params, len(calls), attrs
-    )
+    return LayerInfo(unit.name, unit.kind, positions, facts[0]["fan_in"], facts[0]["fan_out"], num_params, params, len(calls), attrs)

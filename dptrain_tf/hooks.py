@@ -230,9 +230,7 @@ class Tap:
         self.calls.append(Call(unit, args, kwargs, self.training, [z for z in leaves if is_float(z)]))
         return tf.nest.pack_sequence_as(output, leaves)
 
-    def _tap_rule(
-        self, unit: Unit, call: Callable[..., Any], values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _tap_rule(self, unit: Unit, call: Callable[..., Any], values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert unit.rule is not None
         own = unit.layer.__dict__
         activation = own.get("activation")

@@ -120,7 +120,10 @@ class Builder:
         n = int(spec.type[4])
         need(len(space) == n, f"it needs {n} spatial axes")
         need(spec.padding != "causal" or n == 1, "causal padding exists for conv1d only")
-        need(channels % spec.groups == 0 and spec.filters % spec.groups == 0, f"{spec.groups} groups do not divide {channels} or {spec.filters}")
+        need(
+            channels % spec.groups == 0 and spec.filters % spec.groups == 0,
+            f"{spec.groups} groups do not divide {channels} or {spec.filters}",
+        )
         k, r, d = (axes(value, n) for value in (spec.kernel_size, spec.strides, spec.dilation))
         padding = spec.padding
         if isinstance(padding, int):
@@ -134,7 +137,10 @@ class Builder:
             ends = [(0, s) for s in surplus]
             x = crop(ends[0] if n == 1 else ends, name=name + "_crop", dtype=self.dtype)(x)
         reach = [dd * (kk - 1) + 1 for kk, dd in zip(k, d, strict=True)]
-        need(padding != "valid" or all(s >= e for s, e in zip(x.shape[1:-1], reach, strict=True)), f"the kernel reaches over {reach} positions, the input has {space}")
+        need(
+            padding != "valid" or all(s >= e for s, e in zip(x.shape[1:-1], reach, strict=True)),
+            f"the kernel reaches over {reach} positions, the input has {space}",
+        )
         layer = (KL.Conv1D, KL.Conv2D, KL.Conv3D)[n - 1]
         return layer(
             spec.filters, k, r, padding, dilation_rate=d, groups=spec.groups, activation=ours.activation(spec.activation),
@@ -165,9 +171,13 @@ def build(specs: tuple[AnyLayer, ...], input_shape: Shape, num_classes: int, dty
     x = keras.Input(input_shape, dtype="int64" if tokens else dtype)
     y = Builder(num_classes, dtype).chain(specs, x)
     if len(y.shape) != 2:
-        raise ConfigError(f"The model's output has shape {tuple(y.shape[1:])} per example; end with flatten or global_avg_pool and a dense layer.")
+        raise ConfigError(
+            f"The model's output has shape {tuple(y.shape[1:])} per example; end with flatten or global_avg_pool and a dense layer."
+        )
     if y.shape[1] != num_classes:
-        raise ConfigError(f"The model's output has {y.shape[1]} units for {num_classes} outputs; write units: num_classes in the last layer.")
+        raise ConfigError(
+            f"The model's output has {y.shape[1]} units for {num_classes} outputs; write units: num_classes in the last layer."
+        )
     return keras.Model(x, y, name="model")
 
 

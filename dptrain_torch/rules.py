@@ -234,7 +234,7 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
 
     def one(xs: list[Tensor], gs: list[Tensor]) -> dict[str, Tensor]:
         it = iter(xs)
-        full = [next(it).unsqueeze(axis) if is_split else x for x, is_split, axis in zip(leaves, split, inputs, strict=True)]
+        full = [next(it).unsqueeze(axis or 0) if is_split else x for x, is_split, axis in zip(leaves, split, inputs, strict=True)]
         call_args, call_kwargs = tree_unflatten(full, spec)
 
         def outputs(weights: dict[str, Tensor]) -> list[Tensor]:
@@ -254,7 +254,9 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
     except RuntimeError as error:
         if "random" in str(error):
             raise UnsupportedModelError(
-                [f"a {type(module).__name__} has no fast rule and draws random numbers inside, so its gradient cannot be rebuilt; turn that off."]
+                [
+                    f"a {type(module).__name__} has no fast rule and draws random numbers inside, so its gradient cannot be rebuilt; turn that off."
+                ]
             ) from None
         # Recurrent kernels, data-dependent shapes: vmap cannot, a loop can.
         rows = [one([x[i] for x in xs], [g[i] for g in gs]) for i in range(batch)]

@@ -20,10 +20,7 @@ def loaded_after(statement: str) -> set[str]:
 
 
 ALL_CORE = "import dptrain, dptrain.cli, dptrain.doctor, dptrain.progress, dptrain.backend, dptrain.step, dptrain.trainer, dptrain.data"
-USED = (
-    "from accounting import *; e = SampledGaussian(1.0, 0.01)\n"
-    "for name in ('rdp', 'prv'): get_accountant(name).epsilon([(e, 10)], 1e-5)"
-)
+USED = "from accounting import *; e = SampledGaussian(1.0, 0.01)\nfor name in ('rdp', 'prv'): get_accountant(name).epsilon([(e, 10)], 1e-5)"
 
 
 @pytest.mark.parametrize("statement", ["import accounting", USED, "import dptrain", ALL_CORE])

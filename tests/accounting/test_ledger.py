@@ -169,9 +169,7 @@ def test_damage_in_the_middle_is_refused_untouched(path, line):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "text", ["hello\n", "{}\n", '{"dptrain_ledger": true}\n', '{"dptrain_ledger": 0}\n', "[" * 99999 + "\n", "x"]
-)
+@pytest.mark.parametrize("text", ["hello\n", "{}\n", '{"dptrain_ledger": true}\n', '{"dptrain_ledger": 0}\n', "[" * 99999 + "\n", "x"])
 def test_foreign_files(path, text):
     path.write_text(text)
     with pytest.raises(LedgerError, match="line 1"):

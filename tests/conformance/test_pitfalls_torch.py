@@ -70,7 +70,9 @@ def test_frozen_batch_norm_is_refused_too() -> None:
 
 
 def test_all_problems_come_in_one_message() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.BatchNorm2d(2))
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.BatchNorm2d(2)
+    )
     with pytest.raises(UnsupportedModelError) as error:
         per_sample_norms(model, lambda z, y: z.flatten(1).sum(1), torch.zeros(2, 1, 5, 5), None)
     assert len(error.value.problems) == 3
@@ -219,7 +221,15 @@ def test_dropout_inside_a_slow_layer_is_refused() -> None:
 def test_zero_gradients_and_non_finite_examples_have_finite_weights() -> None:
     """G19, G29, L15: zero input, NaN and infinity beside good examples; the good ones are untouched."""
     model = nn.Sequential(nn.Linear(6, 3, bias=False)).double()
-    x = torch.stack([X[0], torch.zeros(6, dtype=torch.float64), torch.full((6,), float("nan"), dtype=torch.float64), torch.full((6,), float("inf"), dtype=torch.float64), X[1]])
+    x = torch.stack(
+        [
+            X[0],
+            torch.zeros(6, dtype=torch.float64),
+            torch.full((6,), float("nan"), dtype=torch.float64),
+            torch.full((6,), float("inf"), dtype=torch.float64),
+            X[1],
+        ]
+    )
     y = torch.tensor([0, 1, 2, 0, 1])
     good = torch.tensor([0, 1, 4])
     for strategy in ("ghost", "per_sample"):

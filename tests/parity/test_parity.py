@@ -143,7 +143,9 @@ def test_weights_are_exchanged_in_both_directions(name: str) -> None:
     run, source = config(model, "non_private", seed=5), data(shape)
     torch_side, tf_side = (prepare(run, b, source) for b in BACKENDS)
     rng = np.random.default_rng(3)
-    weights = {k: v + 0.1 * rng.standard_normal(v.shape).astype(v.dtype) for k, v in torch_side.backend.get_weights(torch_side.model).items()}
+    weights = {
+        k: v + 0.1 * rng.standard_normal(v.shape).astype(v.dtype) for k, v in torch_side.backend.get_weights(torch_side.model).items()
+    }
     tf_side.backend.set_weights(tf_side.model, weights)
     back = tf_side.backend.get_weights(tf_side.model)
     assert all(np.array_equal(back[k], weights[k]) for k in weights)
