@@ -255,7 +255,8 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
         if "random" in str(error):
             raise UnsupportedModelError(
                 [
-                    f"a {type(module).__name__} has no fast rule and draws random numbers inside, so its gradient cannot be rebuilt; turn that off."
+                    f"a {type(module).__name__} has no fast rule and draws random numbers inside, so its gradient cannot be rebuilt; "
+                    "turn that off."
                 ]
             ) from None
         # Recurrent kernels, data-dependent shapes: vmap cannot, a loop can.

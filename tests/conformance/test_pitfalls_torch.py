@@ -360,7 +360,9 @@ def test_no_weight_gradient_is_computed_by_the_backward_pass() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
-        masks: list[list[bool]] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.masks: list[list[bool]] = []
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten.convolution_backward.default:
