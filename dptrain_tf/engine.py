@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from dptrain.errors import UnsupportedModelError
 from dptrain.plan import Plan
 from dptrain.strategies import SensitivityStrategy, get_strategy
 from dptrain_tf.describe import describe, tensors
-from dptrain_tf.gradients import Batch, Loss, batch_size, bounded_sum, call_model, example_losses, plain_sum, trainable
+from dptrain_tf.gradients import Batch, Grads, Loss, batch_size, bounded_sum, call_model, example_losses, plain_sum, trainable
 from dptrain_tf.rules import children
 
 
@@ -37,7 +38,13 @@ def full_batch(x: Any, y: Any) -> Batch:
 
 
 def per_sample_norms(
-    model: Any, loss: Loss, x: Any, y: Any, strategy: str | SensitivityStrategy = "mixed_ghost", training: bool = False
+    model: Any,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    strategy: str | SensitivityStrategy = "mixed_ghost",
+    check: bool = True,
+    training: bool = False,
 ) -> Tensor:
     """L2 norm of each example's gradient over all trainable parameters.
 
@@ -47,6 +54,7 @@ def per_sample_norms(
         x: inputs ``[B, ...]``, or a list, tuple or mapping of such.
         y: targets.
         strategy: a clipping strategy or its name; all give the same norms.
+        check: run ``self_check`` first, on up to three of the examples; turn it off for a model that has passed it.
         training: whether dropout is active.
     Returns:
         Norms ``[B]``. They are NOT private.
@@ -55,7 +63,9 @@ def per_sample_norms(
     """
     norms: dict[str, Tensor] = {}
     plan = make_plan(model, x, clipping_strategy(strategy))
-    bounded_sum(model, loss, full_batch(x, y), plan, norms_out=norms, training=training)
+    if check:
+        self_check(model, loss, x, y, plan, training)
+    checked_sum(model, loss, full_batch(x, y), plan, norms_out=norms, training=training)
     return tf.sqrt(tf.add_n([tf.square(norm) for norm in norms.values()]))
 
 
@@ -67,6 +77,7 @@ def clipped_sum(
     max_grad_norm: float = 1.0,
     strategy: str | SensitivityStrategy = "mixed_ghost",
     two_pass: bool = False,
+    check: bool = True,
     training: bool = False,
     **settings: Any,
 ) -> dict[str, Tensor]:
@@ -79,7 +90,8 @@ def clipped_sum(
         y: targets.
         max_grad_norm: C; infinity turns clipping off and gives the plain gradient of the summed loss.
         strategy: a clipping strategy or its name; all give the same sum. A strategy object keeps its own ``max_grad_norm``.
-        two_pass: take the sum from a second backward pass, after a self-check.
+        two_pass: take the sum from a second backward pass, always after a self-check.
+        check: run ``self_check`` first, on up to three of the examples; turn it off for a model that has passed it.
         training: whether dropout is active.
         settings: further fields of the strategy.
     Returns:
@@ -93,9 +105,57 @@ def clipped_sum(
     plan = make_plan(model, x, strategy)
     if infinite:
         plan = plan.with_clip_norm(max_grad_norm)
-    if two_pass:
-        self_check(model, loss, x, y, plan)
-    return bounded_sum(model, loss, full_batch(x, y), plan, two_pass=two_pass, training=training).sums
+    if check or two_pass:
+        self_check(model, loss, x, y, plan, training)
+    return checked_sum(model, loss, full_batch(x, y), plan, two_pass=two_pass, training=training).sums
+
+
+def hazardous(model: Any) -> bool:
+    """Whether TensorFlow 2.21 on CPU may read out of bounds in an ordinary filter gradient: strided convolutions with a 1x1 kernel."""
+    sizes = [(getattr(m, "kernel_size", ()), getattr(m, "strides", ())) for m in children(model)]
+    return any(isinstance(k, tuple) and k and max(k) == 1 and isinstance(r, tuple) and max(r) > 1 for k, r in sizes)
+
+
+def safely(model: Any, batch: Batch, function: Callable[[Batch], Grads], jit: bool = False) -> Grads:
+    """Run a sum eagerly, or, for a hazardous model, traced: there the unwanted filter gradients are pruned, or compiled by XLA."""
+    if not hazardous(model):
+        return function(batch)
+    found: list[Grads] = []
+
+    @tf.function(autograph=False, jit_compile=jit)
+    def traced(x: Any, y: Any, mask: Any) -> Any:
+        found.append(function(Batch(x, y, mask)))
+        return list(found[-1].sums.values()), found[-1].stats
+
+    sums, stats = traced(batch.x, batch.y, batch.mask)
+    return Grads(dict(zip(found[-1].sums, sums, strict=True)), stats, found[-1].identifiers)
+
+
+def checked_sum(
+    model: Any,
+    loss: Loss,
+    batch: Batch,
+    plan: Plan,
+    norms_out: dict[str, Tensor] | None = None,
+    two_pass: bool = False,
+    training: bool = False,
+) -> Grads:
+    """``bounded_sum`` outside the training loop."""
+    if norms_out is None or not hazardous(model):
+        return safely(
+            model,
+            batch,
+            lambda b: bounded_sum(model, loss, b, plan, two_pass=two_pass, norms_out=norms_out, training=training),
+            jit=two_pass,
+        )
+
+    def with_norms(b: Batch) -> Grads:
+        norms: dict[str, Tensor] = {}
+        grads = bounded_sum(model, loss, b, plan, two_pass=two_pass, norms_out=norms, training=training)
+        return Grads(norms, grads.stats, grads.identifiers)
+
+    norms_out.update(safely(model, batch, with_norms).sums)
+    return Grads({}, {}, {})
 
 
 def clipping_strategy(strategy: Any) -> Any:
@@ -115,27 +175,33 @@ def take(x: Any, where: Any) -> Any:
     return tf.nest.map_structure(lambda t: tf.gather(t, where), tensors(x))
 
 
-def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan) -> None:
+def finite(x: Any) -> Any:
+    """A batch with zeros in place of what is not finite: the probe is about the model, not about the data."""
+    return tf.nest.map_structure(lambda t: tf.where(tf.math.is_finite(t), t, tf.zeros_like(t)) if t.dtype.is_floating else t, x)
+
+
+def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan, training: bool = True) -> None:
     """Refuse a model whose clipped sum would not be what it claims. Costs a few passes over at most three examples.
 
     Checks, with dropout off: every layer keeps the batch first for two batch sizes; no other state moves; each example's loss is
-    the same alone and in company; without clipping the sum equals the plain gradient; at a tiny C one example stays within its bound.
+    the same in any company; without clipping the sum equals the plain gradient; at a tiny C one example stays within its bound.
 
     Args:
         model: the model; left as it was.
         loss: per-example loss.
         x, y: a batch, of which up to three examples are used.
         plan: the plan that training will use.
+        training: whether the model will be run in training mode; every other check runs with dropout off.
     Raises:
         UnsupportedModelError: lists every problem.
     """
     count = batch_size(x)
-    batches = [(take(x, np.arange(n) % count), take(y, np.arange(n) % count)) for n in (2, 3)]
+    batches = [(finite(take(x, np.arange(n) % count)), finite(take(y, np.arange(n) % count))) for n in (2, 3)]
     problems: list[str] = []
     random = {id(generator.state) for layer in children(model) for generator in layer._seed_generators}
     state = [(v, tf.identity(v.value)) for v in model.non_trainable_variables]
     try:
-        bounded_sum(model, loss, full_batch(*batches[1]), plan, training=True)
+        checked_sum(model, loss, full_batch(*batches[1]), plan, training=training)
         moved = [v.path for v, before in state if id(v) not in random and not bool(tf.reduce_all(v.value == before))]
         problems += [f"state {name!r} is updated from data without noise; remove the layer that does it." for name in moved]
         describe(model, batches[0][0])
@@ -150,10 +216,10 @@ def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan) -> None:
 
 
 def independence_problems(model: Any, loss: Loss, x: Any, y: Any) -> list[str]:
-    """Each example's loss alone against its loss in company (pitfalls.md G8)."""
+    """Each example's loss among copies of itself against its loss in company (pitfalls.md G8)."""
     together = example_losses(loss, call_model(model, x, False), y, 3)
-    alone = [example_losses(loss, call_model(model, take(x, [i]), False), take(y, [i]), 1) for i in range(3)]
-    gap = tf.reduce_max(tf.abs(tf.concat(alone, axis=0) - together))
+    alone = [example_losses(loss, call_model(model, take(x, [i] * 3), False), take(y, [i] * 3), 3)[0] for i in range(3)]
+    gap = tf.reduce_max(tf.abs(tf.stack(alone) - together))
     if not bool(gap <= tolerance(together) * (1 + tf.reduce_max(tf.abs(together)))):
         return [f"the loss of one example depends on its batch (by {float(gap):.3g}); find the layer or loss that mixes examples."]
     return []
@@ -161,8 +227,8 @@ def independence_problems(model: Any, loss: Loss, x: Any, y: Any) -> list[str]:
 
 def completeness_problems(model: Any, loss: Loss, batch: Batch, plan: Plan) -> list[str]:
     """Without clipping the sum must be the plain gradient: every use of every parameter is seen (G1, G4, G5, G23)."""
-    ours = bounded_sum(model, loss, batch, plan.with_clip_norm(float("inf")), training=False).sums
-    plain = plain_sum(model, loss, batch, training=False).sums
+    ours = checked_sum(model, loss, batch, plan.with_clip_norm(float("inf"))).sums
+    plain = safely(model, batch, lambda b: plain_sum(model, loss, b, training=False), jit=True).sums
     scale = max(float(tf.norm(value)) for value in plain.values())
     bad = [
         name
@@ -179,7 +245,8 @@ def completeness_problems(model: Any, loss: Loss, batch: Batch, plan: Plan) -> l
 def bound_problems(model: Any, loss: Loss, pair: tuple[Any, Any], plan: Plan) -> list[str]:
     """One example at a tiny clipping norm must stay within it."""
     tiny, (x, y) = 1e-3, pair
-    sums = bounded_sum(model, loss, full_batch(take(x, [0]), take(y, [0])), plan.with_clip_norm(tiny), training=False).sums
+    one = Batch(x, y, tf.constant([True, False]))
+    sums = checked_sum(model, loss, one, plan.with_clip_norm(tiny)).sums
     total = float(tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(tf.cast(value, tf.float64))) for value in sums.values()])))
     bound = tiny * len(plan.groups) ** 0.5
     if not total <= bound * (1 + 1e-3):
@@ -189,7 +256,7 @@ def bound_problems(model: Any, loss: Loss, pair: tuple[Any, Any], plan: Plan) ->
 
 def tolerance(x: Tensor) -> float:
     """Relative agreement to expect of two ways to compute the same thing in a given precision."""
-    return {tf.float64: 1e-9, tf.float32: 1e-4}.get(x.dtype, 5e-2)
+    return {tf.float64: 1e-6, tf.float32: 1e-4}.get(x.dtype, 5e-2)
 
 
 __all__ = ["clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check", "trainable"]

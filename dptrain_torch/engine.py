@@ -36,7 +36,9 @@ def full_batch(x: Any, y: Any) -> Batch:
     return Batch(x, y, torch.ones(batch_size(x), dtype=torch.bool, device=some.device))
 
 
-def per_sample_norms(model: nn.Module, loss: Loss, x: Any, y: Any, strategy: str | SensitivityStrategy = "mixed_ghost") -> Tensor:
+def per_sample_norms(
+    model: nn.Module, loss: Loss, x: Any, y: Any, strategy: str | SensitivityStrategy = "mixed_ghost", check: bool = True
+) -> Tensor:
     """L2 norm of each example's gradient over all trainable parameters.
 
     Args:
@@ -45,6 +47,7 @@ def per_sample_norms(model: nn.Module, loss: Loss, x: Any, y: Any, strategy: str
         x: inputs ``[B, ...]``, or a tuple or mapping of such.
         y: targets.
         strategy: a clipping strategy or its name; all give the same norms.
+        check: run ``self_check`` first, on up to three of the examples; turn it off for a model that has passed it.
     Returns:
         Norms ``[B]``. They are NOT private.
     Raises:
@@ -52,6 +55,8 @@ def per_sample_norms(model: nn.Module, loss: Loss, x: Any, y: Any, strategy: str
     """
     norms: dict[str, Tensor] = {}
     plan = make_plan(model, x, clipping_strategy(strategy))
+    if check:
+        self_check(model, loss, x, y, plan)
     bounded_sum(model, loss, full_batch(x, y), plan, norms_out=norms)
     if not norms:  # no parameter was reached by the loss
         return torch.zeros(batch_size(x))
@@ -66,6 +71,7 @@ def clipped_sum(
     max_grad_norm: float = 1.0,
     strategy: str | SensitivityStrategy = "mixed_ghost",
     two_pass: bool = False,
+    check: bool = True,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """The sum over the batch of clipped per-sample gradients, before noise.
@@ -77,7 +83,8 @@ def clipped_sum(
         y: targets.
         max_grad_norm: C; infinity turns clipping off and gives the plain gradient of the summed loss.
         strategy: a clipping strategy or its name; all give the same sum. A strategy object keeps its own ``max_grad_norm``.
-        two_pass: take the sum from a second backward pass, after a self-check.
+        two_pass: take the sum from a second backward pass, always after a self-check.
+        check: run ``self_check`` first, on up to three of the examples; turn it off for a model that has passed it.
         settings: further fields of the strategy.
     Returns:
         Name in ``named_parameters`` -> tensor. It is NOT private.
@@ -90,7 +97,7 @@ def clipped_sum(
     plan = make_plan(model, x, strategy)
     if infinite:
         plan = plan.with_clip_norm(max_grad_norm)
-    if two_pass:
+    if check or two_pass:
         self_check(model, loss, x, y, plan)
     return bounded_sum(model, loss, full_batch(x, y), plan, two_pass=two_pass).sums
 
@@ -113,14 +120,28 @@ def take(x: Any, picks: list[int]) -> Any:
         return {k: take(v, picks) for k, v in x.items()}
     if isinstance(x, tuple | list):
         return type(x)(take(v, picks) for v in x)
-    return x[torch.tensor(picks, device=x.device)]
+    return x[torch.tensor(picks, device=x.device)] if isinstance(x, Tensor) else x
+
+
+def finite(x: Any) -> Any:
+    """A batch with zeros in place of what is not finite: the probe is about the model, not about the data."""
+    if isinstance(x, Mapping):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(finite(v) for v in x)
+    return torch.where(x.isfinite(), x, torch.zeros_like(x)) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def random_layers(model: nn.Module) -> list[nn.Module]:
+    """Dropout in its many forms, which would make two passes differ."""
+    return [m for m in model.modules() if "drop" in type(m).__name__.lower() and not any(True for _ in m.parameters())]
 
 
 def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None:
     """Refuse a model whose clipped sum would not be what it claims. Costs a few passes over at most three examples.
 
     Checks, with dropout off: every layer keeps the batch first for two batch sizes; no buffer moves; each example's loss is the
-    same alone and in company; without clipping the sum equals the plain gradient; at a tiny C one example stays within its bound.
+    same in any company; without clipping the sum equals the plain gradient; at a tiny C one example stays within its bound.
 
     Args:
         model: the model; left as it was.
@@ -131,7 +152,7 @@ def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None
         UnsupportedModelError: lists every problem.
     """
     count = batch_size(x)
-    batches = [(take(x, picks), take(y, picks)) for picks in ([i % count for i in range(n)] for n in (2, 3))]
+    batches = [(finite(take(x, picks)), finite(take(y, picks))) for picks in ([i % count for i in range(n)] for n in (2, 3))]
     problems: list[str] = []
     state = copy.deepcopy(dict(model.named_buffers()))
     modes = {m: m.training for m in model.modules()}
@@ -140,9 +161,8 @@ def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None
         bounded_sum(model, loss, training_probe, plan)
         moved = [name for name, b in model.named_buffers() if not torch.equal(b, state[name])]
         problems += [f"buffer {name!r} is updated from data without noise; remove the layer that does it." for name in moved]
-        for module in modes:
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
+        for module in random_layers(model):
+            module.eval()
         describe(model, batches[0][0])
         problems += independence_problems(model, loss, batches[1][0], batches[1][1])
         problems += completeness_problems(model, loss, full_batch(*batches[1]), plan)
@@ -157,13 +177,13 @@ def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None
 
 
 def independence_problems(model: nn.Module, loss: Loss, x: Any, y: Any) -> list[str]:
-    """Each example's loss alone against its loss in company (pitfalls.md G8)."""
+    """Each example's loss among copies of itself against its loss in company (pitfalls.md G8)."""
     from dptrain_torch.gradients import call_model, example_losses
 
     with torch.enable_grad():
         together = example_losses(loss, call_model(model, x), y, 3).detach()
-        alone = [example_losses(loss, call_model(model, take(x, [i])), take(y, [i]), 1) for i in range(3)]
-    gap = (torch.cat(alone).detach() - together).abs().max()
+        alone = [example_losses(loss, call_model(model, take(x, [i] * 3)), take(y, [i] * 3), 3).detach()[0] for i in range(3)]
+    gap = (torch.stack(alone) - together).abs().max()
     if not bool(gap <= tolerance(together) * (1 + together.abs().max())):
         return [f"the loss of one example depends on its batch (by {float(gap):.3g}); find the layer or loss that mixes examples."]
     return []
@@ -189,7 +209,8 @@ def completeness_problems(model: nn.Module, loss: Loss, batch: Batch, plan: Plan
 def bound_problems(model: nn.Module, loss: Loss, pair: tuple[Any, Any], plan: Plan) -> list[str]:
     """One example at a tiny clipping norm must stay within it."""
     tiny, (x, y) = 1e-3, pair
-    one = full_batch(take(x, [0]), take(y, [0]))
+    one = full_batch(x, y)
+    one.mask[1] = False
     sums = bounded_sum(model, loss, one, plan.with_clip_norm(tiny)).sums
     total = float(torch.stack([value.double().square().sum() for value in sums.values()]).sum().sqrt())
     bound = tiny * len(plan.groups) ** 0.5
@@ -200,7 +221,7 @@ def bound_problems(model: nn.Module, loss: Loss, pair: tuple[Any, Any], plan: Pl
 
 def tolerance(x: Tensor) -> float:
     """Relative agreement to expect of two ways to compute the same thing in a given precision."""
-    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(x.dtype, 5e-2)
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(x.dtype, 5e-2)
 
 
 __all__ = ["clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check", "trainable"]

@@ -267,6 +267,7 @@ CASES: list[Case] = [
     conv("conv2d groups", 2, (5, 5), {"kernel_size": 3, "groups": 2, "padding": 1}, {"kernel_size": 3, "groups": 2, "padding": "same"}),
     conv("conv2d depthwise", 2, (5, 5), {"kernel_size": 3, "groups": 4}, {"kernel_size": 3, "groups": 4}, 4, 8),
     conv("conv2d 1x1", 2, (4, 4), {"kernel_size": 1}, {"kernel_size": 1}),
+    conv("conv2d 1x1 stride", 2, (16, 16), {"kernel_size": 1, "stride": 2}, {"kernel_size": 1, "strides": 2}, 8, 16),
     conv("conv2d whole image", 2, (3, 4), {"kernel_size": (3, 4)}, {"kernel_size": (3, 4)}),
     conv("conv2d no bias", 2, (5, 5), {"kernel_size": 3, "bias": False}, {"kernel_size": 3, "use_bias": False}),
     *[conv(f"conv2d {m}", 2, (5, 6), {"kernel_size": 3, "padding": (1, 2), "padding_mode": m}, None) for m in ("reflect", "replicate", "circular")],

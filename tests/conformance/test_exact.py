@@ -93,3 +93,13 @@ def test_per_layer_groups_bound_every_example(side: ModuleType, case: Case, clip
             ratio = value[np.abs(g) > 1e-12] / g[np.abs(g) > 1e-12]
             assert clipping == "automatic" or ratio.max() <= 1 + 1e-9
             assert ratio.max() - ratio.min() <= 1e-6 * abs(ratio.max())
+
+
+@pytest.mark.parametrize(("side", "case"), ROWS)
+def test_the_self_check_accepts_every_row(side: ModuleType, case: Case) -> None:
+    model, x, y = made(side, case)
+    before = side.state(model)
+    checked = side.api.per_sample_norms(model, side.loss, side.tensor(x), side.tensor(y))
+    np.testing.assert_allclose(checked.numpy(), side.norms(model, x, y, "mixed_ghost"), rtol=1e-12)
+    after = side.state(model)
+    assert all(np.array_equal(before[k], after[k]) for k in before)

@@ -17,12 +17,13 @@ import pytest
 import yaml
 
 import dptrain
-from accounting import AccountingError, LedgerError, PrivacyLedger, get_accountant
+from accounting import AccountingError, LedgerError, PrivacyLedger, calibrate_noise_multiplier, get_accountant
 from dptrain import ConfigError, DataError, RunError, UnsupportedModelError
 from dptrain.checkpoint import Checkpoint, load_arrays
 from dptrain.cli import main
 from dptrain.data import Dataset, from_arrays
-from dptrain.mechanism import GaussianMechanism, release_event
+from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, release_event
+from dptrain.trainer import noise_multiplier
 from tests.core.shared import blobs, config, plain, write_npz
 
 RDP = {"noise_multiplier": 1.0, "accountant": "rdp"}
@@ -107,6 +108,13 @@ def test_a_target_is_reached_from_below(accountant, target, rate, steps):
     run = config(privacy={"target_epsilon": target, "accountant": accountant}, sampling={"sample_rate": rate, "steps": steps})
     result = dptrain.train(run, data=blobs())
     assert target * (1 - 0.002) <= result.epsilon <= target
+
+
+def test_the_calibrated_noise_supports_the_claim_after_paying_for_rounding():
+    run = config(privacy={"target_epsilon": 3.0, "accountant": "rdp"})
+    claimed = calibrate_noise_multiplier(3.0, 1e-5, 0.2, 4, accountant="rdp")
+    assert event_noise_multiplier(noise_multiplier(run, 0.2, 4)) >= claimed
+    assert noise_multiplier(config(), 0.2, 4) == 1.0  # what is given is used as it is
 
 
 def test_a_budget_out_of_reach_is_refused_and_leaves_nothing_behind(tmp_path):
@@ -335,6 +343,19 @@ def test_ctrl_c_finishes_the_step_and_the_same_call_resumes(tmp_path):
     assert second.privacy["releases"] == PrivacyLedger.read(tmp_path / "ledger.jsonl").num_releases == 10
     assert second.epsilon == dptrain.train(run, data=blobs()).epsilon
     assert signal.getsignal(signal.SIGINT) is handler  # and Ctrl-C means again what it meant
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_run_can_still_be_resumed(tmp_path):
+    def twice(progress):
+        if progress.step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    run = config(sampling={"sample_rate": 0.2, "steps": 8}, performance={"checkpoint_every": 2})
+    with pytest.raises(KeyboardInterrupt):
+        dptrain.train(run, data=blobs(), out=tmp_path, progress=twice)
+    result = dptrain.train(run, data=blobs(), out=tmp_path)
+    assert (result.complete, result.privacy["releases"], result.steps) == (True, 8, 7)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
