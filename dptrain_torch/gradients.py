@@ -20,7 +20,7 @@ from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
 from dptrain_torch.hooks import Call, Tap, find_units
 from dptrain_torch.rules import generic_uses
-from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example
+from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example, square_sum
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -131,7 +131,7 @@ class Accumulator:
             gradient = uses[0].instantiate()
             for use in uses[1:]:
                 gradient = gradient + use.instantiate()
-            square, uses = gradient.flatten(1).square().sum(1), [DirectUse(gradient)]
+            square, uses = square_sum(gradient), [DirectUse(gradient)]
         group = self.group_of[self.owners[name][0]]
         self.squares[group] = self.squares[group] + square if group in self.squares else square
         if self.keep:

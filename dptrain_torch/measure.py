@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dptrain_torch.gradients import Batch, Loss, batch_size, call_model, call_uses, example_losses
 from dptrain_torch.hooks import Call, Tap, find_units
-from dptrain_torch.uses import DirectUse, Use, ghost_norm
+from dptrain_torch.uses import DirectUse, Use, ghost_norm, square_sum, weighted
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
@@ -36,8 +36,8 @@ def ghost_way(use: Use, w: Tensor) -> None:
 def instantiate_way(use: Use, w: Tensor) -> None:
     """Per-sample gradient, its norm, and the weighted sum that reuses it."""
     gradient = use.instantiate()
-    gradient.flatten(1).square().sum(1)
-    torch.tensordot(w, gradient, dims=1)
+    square_sum(gradient)
+    weighted(gradient, w)
 
 
 def time_norms(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, dict[str, float]]:

@@ -39,6 +39,23 @@ def covered(positions: Sequence[int], kernel: Sequence[int], stride: Sequence[in
     return tuple((t - 1) * r + d * (k - 1) + 1 for t, k, r, d in zip(positions, kernel, stride, dilation, strict=True))
 
 
+# Channels times taps up to which one product over positions takes in all taps.
+TAP_WIDTH = 192
+
+
+def square_sum(gradient: Tensor) -> Tensor:
+    """Squared norm of each example's gradient, ``[B]``, whatever the memory layout."""
+    return torch.linalg.vector_norm(gradient.unsqueeze(-1), dim=tuple(range(1, gradient.dim() + 1))).square()
+
+
+def weighted(gradient: Tensor, w: Tensor) -> Tensor:
+    """``sum_i w_i G_i`` as one matrix-vector product, without copying a gradient whose axes are permuted in memory."""
+    order = [0, *sorted(range(1, gradient.dim()), key=lambda axis: -gradient.stride(axis))]
+    dense = gradient.permute(order)
+    total = (w @ dense.reshape(len(w), -1)).view(dense.shape[1:])
+    return total.permute([order.index(axis) - 1 for axis in range(1, gradient.dim())])
+
+
 @dataclass
 class Use:
     """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
@@ -59,7 +76,7 @@ class Use:
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """``sum_i w_i G_i``, of the parameter's shape."""
-        return torch.tensordot(w, self.instantiate(), dims=1)
+        return weighted(self.instantiate(), w)
 
     def keep(self, finite: Tensor) -> Use:
         """The same use with the examples zeroed whose flag is False."""
@@ -203,17 +220,25 @@ class ConvUse(Use):
         return self.padded(), [0] * len(self.pads)
 
     def instantiate(self) -> Tensor:
-        batch, work = self.x.shape[0], self.x[0].numel() * self.shape[0] // self.groups * len(self.offsets())
-        if self.x.device.type == "cpu" and work > 1_000_000:  # one kernel call per example is then as fast as one for all
-            x, padding = self.native_input()
-            return torch.stack([self.native(x[i : i + 1], self.g[i : i + 1], padding) for i in range(batch)])
-        k, padded = self.groups, self.padded()
-        g = self.g.reshape(batch * k, self.shape[0] // k, -1)  # [B k, p/k, T]
-        taps = []
-        for where in self.offsets():
-            x = padded[(slice(None), slice(None), *where)].reshape(batch * k, self.shape[1], -1)  # [B k, C/k, T]
-            taps.append(torch.bmm(g, x.transpose(1, 2)))
-        return torch.stack(taps, dim=-1).reshape(batch, *self.shape)
+        """By matrix products over positions, one row of kernel taps at a time, or all taps where they are few.
+
+        On two CPU cores this took 53 ms for the five layers of a small VGG at batch 64; one native kernel call per example took 125 ms
+        (its threads cannot share one example), one product per tap 66 ms, and unfolding everything at once 72 ms and k^2 times the memory.
+        """
+        k, batch, n = self.groups, self.x.shape[0], len(self.kernel)
+        p, c, out = self.shape[0] // k, self.shape[1], self.g.shape[2:]
+        g = self.g.reshape(batch * k, p, -1) if k > 1 else self.g.flatten(2)  # [B k, p/k, T]
+        x = self.padded().movedim(1, -1).contiguous()  # [B, *S, C]
+        steps = x.stride()[1 : 1 + n]
+        strides = (x.stride(0), *(r * s for r, s in zip(self.stride, steps, strict=True)), c)
+        strides = (*strides, *(d * s for d, s in zip(self.dilation, steps, strict=True)), 1)
+        windows = x.as_strided((batch, *out, k, *self.kernel, c), strides).movedim(1 + n, 1)  # a view, [B, k, *T, *kernel, C/k]
+        windows = windows.flatten(2 + n, -3) if n > 1 else windows.unsqueeze(2 + n)  # [B, k, *T, rows, last, C/k]
+        few = windows.shape[-3:].numel() <= TAP_WIDTH
+        rows = [windows] if few else [windows.narrow(-3, row, 1) for row in range(windows.shape[-3])]
+        parts = [torch.bmm(g, row.reshape(batch * k, g.shape[2], -1)) for row in rows]
+        gradient = torch.cat(parts, dim=2).view(batch, k * p, *self.kernel, c)
+        return gradient.movedim(-1, 2)  # a view: taps stay outside channels in memory
 
     def inner(self, other: Use) -> Tensor | None:
         if not isinstance(other, ConvUse) or self.shape != other.shape:
