@@ -230,8 +230,8 @@ class ConvUse(Use):
         g = self.g.reshape(batch * k, p, -1) if k > 1 else self.g.flatten(2)  # [B k, p/k, T]
         x = self.padded().movedim(1, -1).contiguous()  # [B, *S, C]
         steps = x.stride()[1 : 1 + n]
-        strides = (x.stride(0), *(r * s for r, s in zip(self.stride, steps, strict=True)), c)
-        strides = (*strides, *(d * s for d, s in zip(self.dilation, steps, strict=True)), 1)
+        moves, taps = ([m * s for m, s in zip(by, steps, strict=True)] for by in (self.stride, self.dilation))
+        strides = (x.stride(0), *moves, c, *taps, 1)
         windows = x.as_strided((batch, *out, k, *self.kernel, c), strides).movedim(1 + n, 1)  # a view, [B, k, *T, *kernel, C/k]
         windows = windows.flatten(2 + n, -3) if n > 1 else windows.unsqueeze(2 + n)  # [B, k, *T, rows, last, C/k]
         few = windows.shape[-3:].numel() <= TAP_WIDTH
