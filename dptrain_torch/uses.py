@@ -50,7 +50,8 @@ def square_sum(gradient: Tensor) -> Tensor:
 
 def weighted(gradient: Tensor, w: Tensor) -> Tensor:
     """``sum_i w_i G_i`` as one matrix-vector product, without copying a gradient whose axes are permuted in memory."""
-    order = [0, *sorted(range(1, gradient.dim()), key=lambda axis: -gradient.stride(axis))]
+    strides = gradient.stride()
+    order = [0, *sorted(range(1, gradient.dim()), key=lambda axis: -strides[axis])]
     dense = gradient.permute(order)
     total = (w @ dense.reshape(len(w), -1)).view(dense.shape[1:])
     return total.permute([order.index(axis) - 1 for axis in range(1, gradient.dim())])
