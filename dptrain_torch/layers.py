@@ -68,6 +68,18 @@ class SamePad(nn.Module):
         return F.pad(x, pads) if any(pads) else x
 
 
+class Crop(nn.Module):
+    """Cuts rows off the end of each spatial axis of ``[B, C, *S]``."""
+
+    def __init__(self, surplus: Sequence[int]) -> None:
+        super().__init__()
+        self.surplus = tuple(surplus)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut."""
+        return x[(slice(None), slice(None), *(slice(n - cut) for n, cut in zip(x.shape[2:], self.surplus, strict=True)))]
+
+
 class PositionEmbedding(nn.Module):
     """Adds a learned vector to each position of ``[B, T, D]``."""
 

@@ -147,6 +147,11 @@ class Builder:
         made: dict[str, nn.Module] = {}
         if padded and not symmetric:
             made["_pad"] = ours.SamePad(k, r, d, causal=spec.padding == "causal")
+        surplus = [(s - 1) % rr for s, rr in zip(space, r, strict=True)]
+        if max(k) == 1 and not pad and any(surplus):
+            # Rows that no window reaches: oneDNN's threads write out of bounds in the weight gradient of a strided 1x1 convolution on
+            # channels-last arrays unless they are cut off (torch 2.13, TensorFlow 2.21).
+            made["_crop"] = ours.Crop(surplus)
         layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
         module = layer(channels, spec.filters, k, r, padding, d, spec.groups, spec.bias)  # type: ignore[arg-type]
         return made | self.fused(module, spec.activation), (*out, spec.filters)

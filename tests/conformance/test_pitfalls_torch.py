@@ -379,3 +379,28 @@ def test_no_weight_gradient_is_computed_by_the_backward_pass() -> None:
         bounded_sum(model, cross_entropy, full_batch(x, Y[:2]), plan)
     from_autograd = [m for m in watch.masks if m[0]]
     assert from_autograd == [[True, False, False]]  # one input gradient between the convolutions, no weight gradient with it
+
+
+def test_strided_1x1_convolutions_do_not_corrupt_memory() -> None:
+    """oneDNN with two threads crashes on channels-last arrays whose surplus rows are not cut off; in a process of its own."""
+    import subprocess
+    import sys
+
+    code = """
+import numpy as np, torch
+torch.set_num_threads(2)
+from dptrain.config import TrainConfig
+from dptrain.data import from_arrays
+from dptrain.trainer import train
+x = np.random.default_rng(0).standard_normal((24, 16, 16, 3)).astype(np.float32)
+data = from_arrays(x, np.arange(24) % 3, num_classes=3)
+for strategy in ("non_private", "ghost", "per_sample"):
+    train(TrainConfig.parse({
+        "model": {"name": "resnet18_gn", "width": 8, "norm_groups": 4}, "strategy": strategy,
+        "privacy": {"noise_multiplier": 1.0}, "sampling": {"sample_rate": 0.9, "steps": 6},
+        "performance": {"physical_batch_size": 3},
+    }), "torch", data=data)
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "fine"), done.stderr[-500:]
