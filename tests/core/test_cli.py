@@ -302,8 +302,7 @@ def test_a_bug_is_not_dressed_up_as_a_user_error(monkeypatch, config_file):
 
 def test_the_installed_command_answers(tmp_path):
     script = os.path.join(os.path.dirname(sys.executable), "dptrain")
-    if not os.path.exists(script):
-        pytest.skip("the console script is not installed")
+    assert os.path.exists(script), "install the package: make install"
     done = subprocess.run(
         [script, "epsilon", *NUMBERS, "--accountant", "rdp", "--json"], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
