@@ -15,7 +15,8 @@ import numpy as np
 from dptrain.config import OptimizerConfig, Performance, TrainConfig
 from dptrain.costs import Timings
 from dptrain.errors import RunError
-from dptrain.info import ModelInfo
+from dptrain.info import Graph, ModelInfo
+from dptrain.losses import LossConfig
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 
@@ -37,8 +38,8 @@ class Backend(Protocol):
         """The native model of a specification, with the config's starting weights."""
         ...
 
-    def build_loss(self, name: str) -> Loss:
-        """A per-example loss by name."""
+    def build_loss(self, loss: str | LossConfig, num_outputs: int | None = None) -> Loss:
+        """A per-example loss by name or settings, for a number of outputs."""
         ...
 
     def build_optimizer(self, config: OptimizerConfig, model: Model) -> Optimizer:
@@ -50,8 +51,24 @@ class Backend(Protocol):
         """Facts for the planner, from the shapes of a few examples."""
         ...
 
+    def graph(self, model: Model, x: np.ndarray) -> Graph:
+        """The operations of the forward pass, for proofs about the whole model."""
+        ...
+
+    def constrain(self, model: Model, graph: Graph) -> Mapping[str, float]:
+        """Restore a model's constraints for the first time; returns the certificates of its weights."""
+        ...
+
+    def graph_weights(self, model: Model, graph: Graph) -> Arrays:
+        """Identifier -> array in the exchange layout, of every parameter in a graph."""
+        ...
+
     def time_norms(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray) -> Timings:
         """Seconds per layer and norm method, for ``decision: measured``."""
+        ...
+
+    def attained(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray, plan: Plan) -> Mapping[str, tuple[float, float]]:
+        """Group -> largest per-sample gradient norm on a batch, and the plan's bound, for plans with proven bounds."""
         ...
 
     def self_check(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
@@ -63,8 +80,8 @@ class Backend(Protocol):
         """Make dropout a function of the public seed and the step, so that a resumed run continues alike."""
         ...
 
-    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
-        """A physical batch on the device."""
+    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray, factor: float = 1.0) -> Batch:
+        """A physical batch on the device; the plan's clipping norms are to be multiplied by a factor."""
         ...
 
     def zeros(self, model: Model) -> Grads:
@@ -91,8 +108,8 @@ class Backend(Protocol):
         """One optimizer step on the released sum times a constant."""
         ...
 
-    def project(self, model: Model, plan: Plan) -> None:
-        """Restore the constraints that a proven bound rests on."""
+    def project(self, model: Model, plan: Plan) -> Mapping[str, float]:
+        """Restore the constraints that a proven bound rests on; returns the certificates of the new weights, none for clipping plans."""
         ...
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +121,10 @@ class Backend(Protocol):
         ...
 
     # --- around the step ---
+    def counts(self, grads: Grads) -> Mapping[str, float]:
+        """Released counts by group name."""
+        ...
+
     def stats(self, grads: Grads) -> dict[str, float]:
         """Sums for the progress display. NOT private."""
         ...

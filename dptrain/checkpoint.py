@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,18 @@ class Checkpoint:
         step: steps applied to the weights.
         weights: in the exchange layout.
         optimizer: state of the optimizer.
+        bounds: clipping norm and certificates, where they move.
     """
 
     step: int
     weights: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray]
+    bounds: dict[str, np.ndarray] = field(default_factory=dict)
 
     def save(self, path: Path, run: Mapping[str, str]) -> None:
         """Write to one file, atomically."""
-        arrays = {f"weights/{k}": v for k, v in self.weights.items()} | {f"optimizer/{k}": v for k, v in self.optimizer.items()}
+        parts = {"weights": self.weights, "optimizer": self.optimizer, "bounds": self.bounds}
+        arrays = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
         save_arrays(path, arrays, {"format": FORMAT, "step": str(self.step), **run})
 
     @classmethod
@@ -146,10 +149,10 @@ class Checkpoint:
             raise RunError(f"{path} is not a dptrain checkpoint of format {FORMAT}; start in another --out directory.")
         if any(metadata.get(key) != value for key, value in run.items()):
             raise RunError(f"{path} belongs to another run; start in another --out directory.")
-        parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "optimizer": {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "optimizer": {}, "bounds": {}}
         for name, value in arrays.items():
             part, _, rest = name.partition("/")
             if part not in parts:
                 raise RunError(f"{path} holds an unknown entry {name!r}; restore it or start in another --out directory.")
             parts[part][rest] = value
-        return cls(int(metadata["step"]), parts["weights"], parts["optimizer"])
+        return cls(int(metadata["step"]), parts["weights"], parts["optimizer"], parts["bounds"])

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, Vali
 from accounting import NeighboringRelation
 from dptrain.costs import Decision
 from dptrain.errors import ConfigError
-from dptrain.losses import LossName
+from dptrain.losses import LossConfig
 from dptrain.mechanism import Allocation
 from dptrain.models import ModelConfig
 from dptrain.strategies import StrategyConfig
@@ -33,7 +33,10 @@ PositiveInt = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
-NAMED_PARTS = ("model", "data", "strategy", "optimizer")  # ``strategy: ghost`` stands for ``strategy: {name: ghost}``
+NAMED_PARTS = ("model", "data", "strategy", "optimizer", "loss")  # ``strategy: ghost`` stands for ``strategy: {name: ghost}``
+
+
+LATER_SETTINGS = (("privacy", "noise_weights"), ("performance", "check_bounds"))
 
 
 class Part(BaseModel):
@@ -54,7 +57,7 @@ class DataConfig(Part):
         download: fetch the data set from its official address if it is not found.
     """
 
-    name: Literal["mnist_5k", "fashion_mnist", "cifar10", "digits", "npz", "callable"] = "mnist_5k"
+    name: Literal["mnist_5k", "fashion_mnist", "cifar10", "digits", "adult", "npz", "callable"] = "mnist_5k"
     path: str | None = None
     source: str | None = None
     num_classes: PositiveInt | None = None
@@ -72,6 +75,7 @@ class Privacy(Part):
         accountant: ``prv`` or ``rdp``.
         relation: neighbouring relation.
         allocation: how the noise is shared among groups.
+        noise_weights: group name or pattern -> factor of its share of the noise; sigma stays what it is.
         unsafe_seed: makes sampling and noise reproducible, and the guarantee void against anyone who knows it.
     """
 
@@ -81,6 +85,7 @@ class Privacy(Part):
     accountant: Literal["prv", "rdp"] = "prv"
     relation: NeighboringRelation = NeighboringRelation.add_remove
     allocation: Allocation = "global"
+    noise_weights: Mapping[str, Positive] = Field(default_factory=dict)
     unsafe_seed: NonNegativeInt | None = None
 
     @model_validator(mode="after")
@@ -196,6 +201,7 @@ class Performance(Part):
         gradients: ``book_keeping`` rebuilds the clipped sum from what was measured; ``two_pass`` runs a second backward pass.
         precision: ``float32`` or ``float64``.
         device: ``auto``, ``cpu``, ``cuda`` or another name the framework knows.
+        check_bounds: compare proven bounds with the per-sample gradient norms of synthetic examples, before and after training.
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations on the test split; 0 evaluates at the end only.
     """
@@ -206,6 +212,7 @@ class Performance(Part):
     gradients: Literal["book_keeping", "two_pass"] = "book_keeping"
     precision: Literal["float32", "float64"] = "float32"
     device: str = "auto"
+    check_bounds: StrictBool = False
     checkpoint_every: PositiveInt = 25
     evaluate_every: NonNegativeInt = 0
 
@@ -215,7 +222,7 @@ class TrainConfig(Part):
 
     Args:
         model, data, strategy, privacy, sampling, optimizer, performance: the parts.
-        loss: per-example loss.
+        loss: per-example loss, by name or with its settings.
         seed: public seed of the starting weights and of dropout; it never reaches sampling or noise.
     """
 
@@ -226,7 +233,7 @@ class TrainConfig(Part):
     sampling: Sampling
     optimizer: OptimizerConfig = OptimizerConfig()
     performance: Performance = Performance()
-    loss: LossName = "cross_entropy"
+    loss: LossConfig = LossConfig()
     seed: NonNegativeInt = 0
 
     @model_validator(mode="before")
@@ -288,8 +295,17 @@ class TrainConfig(Part):
         return self.parse({**self.to_dict(), **{k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in parts.items()}})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``parse`` reads back."""
-        return self.model_dump(mode="json")
+        """Plain data that ``parse`` reads back; settings that came after the first version are left out at their defaults.
+
+        So a run directory of an earlier version keeps its hash.
+        """
+        plain = self.model_dump(mode="json")
+        if self.loss == LossConfig(name=self.loss.name):
+            plain["loss"] = self.loss.name
+        for part, key in LATER_SETTINGS:
+            if getattr(getattr(self, part), key) == type(getattr(self, part)).model_fields[key].get_default(call_default_factory=True):
+                del plain[part][key]
+        return plain
 
     def to_yaml(self) -> str:
         """YAML text that ``load`` reads back."""

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LINEAR, CONV, EMBEDDING, NORM, GENERIC = "linear", "conv", "embedding", "norm", "generic"
-KINDS = (LINEAR, CONV, EMBEDDING, NORM, GENERIC)
+LINEAR, CONV, EMBEDDING, NORM, BIAS, GENERIC = "linear", "conv", "embedding", "norm", "bias", "generic"
+KINDS = (LINEAR, CONV, EMBEDDING, NORM, BIAS, GENERIC)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,51 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class Node:
+    """One operation of a model's graph, for proofs about the whole network (``dptrain/bounds.py``).
+
+    Args:
+        name: unique; the dotted path of the layer, with ``#2`` and so on for later calls of the same layer.
+        kind: a key of ``bounds.RULES``.
+        inputs: names of the nodes that feed it; empty for kind ``input`` alone.
+        size: numbers in one example's output.
+        attrs: constants by kind, as listed in ``bounds.RULES``.
+        params: role -> identifier of its parameter, trainable or not; a shared parameter carries one identifier everywhere.
+        frozen: roles whose parameter is not trainable.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    size: int
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """A constant, or a default."""
+        return self.attrs.get(name, default)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operations of a model in an order in which each comes after those that feed it; the last one is the output.
+
+    Args:
+        nodes: the operations.
+        problems: one sentence for each operation that has no bound; such a graph proves nothing.
+    """
+
+    nodes: tuple[Node, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Node:
+        """The operation whose output the loss reads."""
+        return self.nodes[-1]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Facts of a whole model, layers in the order in which the forward pass first calls them.
 
@@ -57,12 +102,16 @@ class ModelInfo:
         layers: the layers with trainable parameters.
         loss_lipschitz: Lipschitz constant of the per-example loss in the model's output, None where unknown.
         input_bound: L2 bound of one example's input, None where unknown.
+        graph: the operations of the forward pass, None where they were not asked for.
+        certificates: ``node.role`` -> proven bound of the current weights: operator norm of a ``weight``, L2 norm of a ``bias``.
         extra: facts for printing only.
     """
 
     layers: tuple[LayerInfo, ...]
     loss_lipschitz: float | None = None
     input_bound: float | None = None
+    graph: Graph | None = field(default=None, compare=False, repr=False)
+    certificates: Mapping[str, float] = field(default_factory=dict, compare=False)
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property

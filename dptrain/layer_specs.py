@@ -15,7 +15,8 @@ PositiveInt = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 Rate = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Sizes = PositiveInt | tuple[PositiveInt, ...]
-ActivationName = Literal["linear", "relu", "tanh", "gelu", "sigmoid", "silu", "elu", "softplus"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+ActivationName = Literal["linear", "relu", "tanh", "gelu", "sigmoid", "silu", "elu", "softplus", "abs"]
 Padding = Literal["same", "valid", "causal"] | Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
@@ -151,16 +152,141 @@ class SelfAttention(LayerSpec):
 
 
 class Residual(LayerSpec):
-    """``body(x) + shortcut(x)``; an empty shortcut is the identity."""
+    """``body(x) + shortcut(x)``, or half of it with ``mode: convex``; an empty shortcut is the identity."""
 
     type: Literal["residual"] = "residual"
     body: tuple[AnyLayer, ...]
     shortcut: tuple[AnyLayer, ...] = ()
+    mode: Literal["add", "convex"] = "add"
+
+
+# --- layers with a proven Lipschitz constant, for the strategy ``clipless`` -------------------------------------------------
+
+
+class BoundedInput(LayerSpec):
+    """Scales an example whose L2 norm exceeds ``norm`` down to it; an example that is not finite becomes zero."""
+
+    type: Literal["bounded_input"] = "bounded_input"
+    norm: Positive
+
+
+class Constrained(LayerSpec):
+    """What layers with a constrained weight share.
+
+    Args:
+        lipschitz: largest operator norm of the weight.
+        orthogonal: bring all singular values near ``lipschitz`` (Bjorck), in place of scaling the largest down.
+        bias: with a bias.
+        max_bias_norm: largest L2 norm of the bias.
+    """
+
+    lipschitz: Positive = 1.0
+    orthogonal: StrictBool = True
+    bias: StrictBool = True
+    max_bias_norm: Positive = 1.0
+
+
+class SpectralDense(Constrained):
+    """Affine map of the last axis with a certified operator norm."""
+
+    type: Literal["spectral_dense"] = "spectral_dense"
+    units: PositiveInt | Literal["num_classes"]
+
+
+class SpectralConv(Constrained):
+    """Zero-padded convolution with a certified operator norm."""
+
+    type: Literal["spectral_conv1d", "spectral_conv2d"]
+    filters: PositiveInt
+    kernel_size: Sizes
+    strides: Sizes = 1
+    padding: Literal["same", "valid"] = "same"
+    dilation: Sizes = 1
+
+
+class FrobeniusDense(LayerSpec):
+    """Affine map of the last axis; the Frobenius norm of the weight, or of each output's row, is at most ``norm``."""
+
+    type: Literal["frobenius_dense"] = "frobenius_dense"
+    units: PositiveInt | Literal["num_classes"]
+    norm: Positive = 1.0
+    disjoint_neurons: StrictBool = False
+    bias: StrictBool = True
+    max_bias_norm: Positive = 1.0
+
+
+class BoundedBias(LayerSpec):
+    """Adds ``b / sqrt(T)`` to each of T positions, ``|b| <= max_norm``: its sensitivity does not grow with T."""
+
+    type: Literal["bounded_bias"] = "bounded_bias"
+    max_norm: Positive = 1.0
+
+
+class GroupSort(LayerSpec):
+    """Sorts the channels in groups of ``size``; ``full_sort`` sorts all of them."""
+
+    type: Literal["group_sort", "full_sort"] = "group_sort"
+    size: Annotated[int, Field(gt=1, lt=2**31, strict=True)] = 2
+
+
+class Householder(LayerSpec):
+    """Reflects pairs of channels at a trained angle, where they lie on one side of its line."""
+
+    type: Literal["householder"] = "householder"
+
+
+class LayerCentering(LayerSpec):
+    """Subtracts the mean over the positions of each channel of one example; over the channels where there are no positions."""
+
+    type: Literal["layer_centering"] = "layer_centering"
+
+
+class ScaledPool(LayerSpec):
+    """Pooling over disjoint windows that keeps gradient norms: ``sqrt(sum x^2 + eps)``, or the mean times ``sqrt(window)``."""
+
+    type: Literal["scaled_l2_norm_pool", "scaled_avg_pool"]
+    size: PositiveInt = 2
+
+
+class ScaledGlobalPool(LayerSpec):
+    """The same over all positions."""
+
+    type: Literal["scaled_global_l2_norm_pool", "scaled_global_avg_pool"]
+
+
+class Reshape(LayerSpec):
+    """Another shape of the same numbers, channels last."""
+
+    type: Literal["reshape"] = "reshape"
+    shape: tuple[PositiveInt, ...]
+
+
+class Permute(LayerSpec):
+    """Another order of the axes of one example, counted from 1, as Keras does."""
+
+    type: Literal["permute"] = "permute"
+    dims: tuple[PositiveInt, ...]
+
+
+class Patches(LayerSpec):
+    """An image ``[B, H, W, C]`` as a sequence of flattened disjoint patches ``[B, H/s W/s, s s C]``."""
+
+    type: Literal["patches"] = "patches"
+    size: PositiveInt
+
+
+class LossGradientClip(LayerSpec):
+    """The identity, whose cotangent is scaled down to L2 norm ``norm`` per example."""
+
+    type: Literal["loss_gradient_clip"] = "loss_gradient_clip"
+    norm: Positive
 
 
 AnyLayer = Annotated[
     Dense | Conv | ConvTranspose | Embedding | PositionEmbedding | LayerNorm | GroupNorm | InstanceNorm | RMSNorm | Activation
-    | Pool | GlobalAvgPool | Flatten | ToSequence | Dropout | SelfAttention | Residual,
+    | Pool | GlobalAvgPool | Flatten | ToSequence | Dropout | SelfAttention | Residual
+    | BoundedInput | SpectralDense | SpectralConv | FrobeniusDense | BoundedBias | GroupSort | Householder | LayerCentering
+    | ScaledPool | ScaledGlobalPool | Reshape | Permute | Patches | LossGradientClip,
     Field(discriminator="type"),
 ]  # fmt: skip
 Residual.model_rebuild()

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from accounting import NeighboringRelation, SampledGaussian
@@ -50,10 +51,13 @@ class GaussianMechanism:
         noise_multiplier: sigma, the standard deviation of the noise over the sensitivity of the joint release.
         allocation: ``global`` (one standard deviation for all), ``per_group`` (in proportion to each bound), or
             ``min_noise`` (least total noise energy).
+        weights: group name, or a pattern of names, -> factor of its noise relative to the allocation (LipDP's ``nm_coef``). All
+            standard deviations are then rescaled together, so that weights move noise between groups and never change sigma.
     """
 
     noise_multiplier: float
     allocation: Allocation = "global"
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sigma = self.noise_multiplier
@@ -61,6 +65,9 @@ class GaussianMechanism:
             raise ConfigError(f"noise_multiplier must be a finite number above 0, not {sigma!r}; to train without noise use non_private.")
         if self.allocation not in ("global", "per_group", "min_noise"):
             raise ConfigError(f"There is no noise allocation {self.allocation!r}; choose global, per_group or min_noise.")
+        bad = {name: w for name, w in self.weights.items() if not (math.isfinite(w) and w > 0)}
+        if bad:
+            raise ConfigError(f"Noise weights must be finite and above 0, not {bad}; a group without noise would not be private.")
 
     def stds(self, plan: Plan, relation: NeighboringRelation | str = NeighboringRelation.add_remove) -> dict[str, float]:
         """Noise standard deviation of each group's sum.
@@ -71,23 +78,31 @@ class GaussianMechanism:
         Returns:
             Group name -> standard deviation, in the units of the gradient sum.
         Raises:
-            ConfigError: a group has no finite bound.
-        Guarantee: equation (1) holds with equality for the returned values.
+            ConfigError: a group has no finite bound, or a weight matches no group.
+        Guarantee: equation (1) holds with equality for the returned values: the gradients' terms add up to ``(1 - share) / sigma^2``
+            and the released count's is ``share / sigma^2``.
         Source: math.md section 1.
         """
         bad = [g.name for g in plan.groups if not (math.isfinite(g.norm_bound) and g.norm_bound > 0)]
         if bad:
             raise ConfigError(f"The groups {bad} of strategy {plan.strategy!r} have no finite bound, so no noise can make them private.")
+        unused = [pattern for pattern in self.weights if not any(fnmatchcase(g.name, pattern) for g in plan.gradient_groups)]
+        if unused:
+            names = ", ".join(g.name for g in plan.gradient_groups)
+            raise ConfigError(f"The noise weights {unused} match no group; the groups are {names}.")
         delta = {g.name: sensitivity(g, relation) for g in plan.groups}
-        sigma, count = float(self.noise_multiplier), len(plan.groups)
-        if self.allocation == "global":
-            total = math.sqrt(math.fsum(d * d for d in delta.values()))
-            return dict.fromkeys(delta, sigma * total)
-        if self.allocation == "per_group":
-            return {name: sigma * math.sqrt(count) * d for name, d in delta.items()}
-        root = {g.name: math.sqrt(g.num_params) for g in plan.groups}
-        energy = math.fsum(delta[name] * root[name] for name in delta)
-        return {name: sigma * math.sqrt(d / root[name] * energy) for name, d in delta.items()}
+        shares = {g.name: g.share for g in plan.groups if g.share is not None}
+        sigma = float(self.noise_multiplier)
+        found = {name: sigma * delta[name] / math.sqrt(share) for name, share in shares.items()}
+        raw = {g.name: self._raw(g, delta[g.name]) for g in plan.gradient_groups}
+        whitened = math.sqrt(math.fsum((delta[name] / value) ** 2 for name, value in raw.items()))
+        scale = sigma / math.sqrt(1.0 - math.fsum(shares.values())) * whitened
+        return {g.name: found[g.name] if g.name in found else raw[g.name] * scale for g in plan.groups}
+
+    def _raw(self, group: Group, delta: float) -> float:
+        """A group's standard deviation up to the common factor."""
+        base = {"global": 1.0, "per_group": delta, "min_noise": math.sqrt(delta / math.sqrt(max(1, group.num_params)))}[self.allocation]
+        return base * next((w for pattern, w in self.weights.items() if fnmatchcase(group.name, pattern)), 1.0)
 
 
 def effective_noise_multiplier(

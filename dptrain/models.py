@@ -11,10 +11,10 @@ import math
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from dptrain import layer_specs as L
-from dptrain.layer_specs import ActivationName, AnyLayer, PositiveInt, Rate
+from dptrain.layer_specs import ActivationName, AnyLayer, Positive, PositiveInt, Rate
 
 
 class ModelSpec(BaseModel):
@@ -196,6 +196,140 @@ class ViTTiny(Transformer):
         return (*first, *self.blocks(), L.GlobalAvgPool(name="mean"), L.Dense(name="head", units="num_classes"))
 
 
+class Lipschitz(ModelSpec):
+    """Base of the networks with a proven Lipschitz constant, for the strategy ``clipless``; any other strategy trains them too.
+
+    Args:
+        input_norm: L2 norm down to which examples are scaled; by default the root of the input's size, the norm of standardised data.
+        bias: learned offsets after every hidden layer, with a sensitivity that does not grow with the number of positions.
+        orthogonal: keep all singular values near each other, so that gradients keep their norm.
+        gain: largest operator norm of the last layer.
+    """
+
+    input_norm: Positive | None = None
+    bias: StrictBool = False
+    orthogonal: StrictBool = True
+    gain: Positive = 1.0
+
+    def bounded(self, input_shape: tuple[int, ...]) -> AnyLayer:
+        """The first layer."""
+        return L.BoundedInput(name="input_norm", norm=self.input_norm or math.sqrt(math.prod(input_shape)))
+
+    def offset(self, name: str) -> list[AnyLayer]:
+        """A bias, if there are any."""
+        return [L.BoundedBias(name=name)] if self.bias else []
+
+    def dense(self, name: str, units: int) -> L.SpectralDense:
+        """A dense layer without a bias of its own."""
+        return L.SpectralDense(name=name, units=units, bias=False, orthogonal=self.orthogonal)
+
+    def conv(self, name: str, filters: int, kernel: int = 3, stride: int = 1) -> L.SpectralConv:
+        """A convolution without a bias of its own."""
+        return L.SpectralConv(
+            type="spectral_conv2d", name=name, filters=filters, kernel_size=kernel, strides=stride, bias=False, orthogonal=self.orthogonal
+        )
+
+    def hidden_layers(self, widths: tuple[int, ...]) -> list[AnyLayer]:
+        """Dense layers, each followed by sorting."""
+        layers: list[AnyLayer] = []
+        for i, units in enumerate(widths, 1):
+            layers += [self.dense(f"fc{i}", units), *self.offset(f"fc{i}_bias"), L.GroupSort(name=f"sort_fc{i}")]
+        return layers
+
+    def head(self) -> L.SpectralDense:
+        """The last layer, with a bias, which is cheap there: its sensitivity is that of the loss."""
+        return L.SpectralDense(name="head", units="num_classes", lipschitz=self.gain, orthogonal=self.orthogonal, bias=self.bias)
+
+
+Even = Annotated[int, Field(gt=0, lt=2**31, strict=True, multiple_of=2)]
+
+
+class LipschitzMLP(Lipschitz):
+    """Spectral dense layers and GroupSort on the flattened input; without hidden layers, a linear classifier."""
+
+    name: Literal["lipschitz_mlp"] = "lipschitz_mlp"
+    hidden: tuple[Even, ...] = (128, 64)
+
+    def expand(self, input_shape: tuple[int, ...]) -> tuple[AnyLayer, ...]:
+        """Flatten, bound, hidden layers, head."""
+        return (L.Flatten(name="flatten"), self.bounded(input_shape), *self.hidden_layers(self.hidden), self.head())
+
+
+class LipschitzCNN(Lipschitz):
+    """Stages of spectral convolution, GroupSort and L2-norm pooling, then dense layers."""
+
+    name: Literal["lipschitz_cnn"] = "lipschitz_cnn"
+    stages: tuple[tuple[Even, ...], ...] = ((16,), (32,), (64,))
+    kernel_size: PositiveInt = 3
+    pool: Literal["scaled_l2_norm_pool", "scaled_avg_pool", "max_pool"] = "scaled_l2_norm_pool"
+    hidden: tuple[Even, ...] = (128,)
+
+    def expand(self, input_shape: tuple[int, ...]) -> tuple[AnyLayer, ...]:
+        """Bound, stages, dense layers, head."""
+        layers: list[AnyLayer] = [self.bounded(input_shape)]
+        for s, stage in enumerate(self.stages, 1):
+            for c, filters in enumerate(stage, 1):
+                name = f"{s}_{c}"
+                layers += [
+                    self.conv(f"conv{name}", filters, self.kernel_size),
+                    *self.offset(f"bias{name}"),
+                    L.GroupSort(name=f"sort{name}"),
+                ]
+            pool = L.Pool(type="max_pool", name=f"pool{s}") if self.pool == "max_pool" else L.ScaledPool(type=self.pool, name=f"pool{s}")
+            layers.append(pool)
+        return (*layers, L.Flatten(name="flatten"), *self.hidden_layers(self.hidden), self.head())
+
+
+class LipschitzResNet(Lipschitz):
+    """Residual blocks of spectral convolutions; ``convex`` halves the sum of path and shortcut, which keeps the block 1-Lipschitz."""
+
+    name: Literal["lipschitz_resnet"] = "lipschitz_resnet"
+    width: Even = 16
+    blocks: tuple[PositiveInt, ...] = (1, 1, 1)
+    mode: Literal["add", "convex"] = "convex"
+    hidden: tuple[Even, ...] = ()
+
+    def expand(self, input_shape: tuple[int, ...]) -> tuple[AnyLayer, ...]:
+        """Bound, stem, stages of residual blocks with pooling and widening between them, head."""
+        layers: list[AnyLayer] = [self.bounded(input_shape), self.conv("stem", self.width), L.GroupSort(name="stem_sort")]
+        for s, count in enumerate(self.blocks, 1):
+            filters = self.width * 2 ** (s - 1)
+            if s > 1:
+                layers += [L.ScaledPool(type="scaled_l2_norm_pool", name=f"pool{s}"), self.conv(f"widen{s}", filters, kernel=1)]
+            for b in range(1, count + 1):
+                body = (self.conv("conv1", filters), *self.offset("bias1"), L.GroupSort(name="sort"), self.conv("conv2", filters))
+                layers += [L.Residual(name=f"stage{s}_block{b}", body=body, mode=self.mode), L.GroupSort(name=f"stage{s}_sort{b}")]
+        layers += [L.ScaledPool(type="scaled_l2_norm_pool", name="last_pool"), L.Flatten(name="flatten")]
+        return (*layers, *self.hidden_layers(self.hidden), self.head())
+
+
+class LipschitzMixer(Lipschitz):
+    """MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601) of spectral dense layers over patches and over channels."""
+
+    name: Literal["lipschitz_mixer"] = "lipschitz_mixer"
+    patch: PositiveInt = 4
+    dim: Even = 64
+    depth: PositiveInt = 2
+    token_hidden: Even = 64
+    channel_hidden: Even = 64
+    mode: Literal["add", "convex"] = "convex"
+
+    def expand(self, input_shape: tuple[int, ...]) -> tuple[AnyLayer, ...]:
+        """Bound, patches, embedding, mixer blocks, head."""
+        tokens = math.prod(n // self.patch for n in input_shape[:2])
+        layers: list[AnyLayer] = [self.bounded(input_shape), L.Patches(name="patches", size=self.patch), self.dense("embed", self.dim)]
+        flip = L.Permute(name="flip", dims=(2, 1))
+        for i in range(1, self.depth + 1):
+            across = (
+                flip, self.dense("fc1", self.token_hidden), L.GroupSort(name="sort"), self.dense("fc2", tokens),
+                flip.model_copy(update={"name": "back"}),
+            )  # fmt: skip
+            within = (self.dense("fc1", self.channel_hidden), L.GroupSort(name="sort"), self.dense("fc2", self.dim))
+            layers += [L.Residual(name=f"tokens{i}", body=across, mode=self.mode)]
+            layers += [L.Residual(name=f"channels{i}", body=within, mode=self.mode)]
+        return (*layers, L.Flatten(name="flatten"), self.head())
+
+
 class Layers(ModelSpec):
     """A plain list of layers."""
 
@@ -207,7 +341,10 @@ class Layers(ModelSpec):
         return self.layers
 
 
-ModelConfig = Annotated[MLP | CNN | ResNet18GN | TransformerEncoder | ViTTiny | Layers, Field(discriminator="name")]
+ModelConfig = Annotated[
+    MLP | CNN | ResNet18GN | TransformerEncoder | ViTTiny | LipschitzMLP | LipschitzCNN | LipschitzResNet | LipschitzMixer | Layers,
+    Field(discriminator="name"),
+]
 
 
 def initial_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -218,11 +355,14 @@ def initial_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         shape: torch's shape: ``[p, D]``, ``[p, D/groups, *kernel]``, transposed ``[D, p, *kernel]``, embeddings ``[V, D]``.
         seed: the config's public seed.
     Returns:
-        float32 array: zeros for a bias, ones for a scale, N(0, 0.02) for a table of positions (``...embedding.weight``), else uniform
-        with variance ``2 / (fan_in + fan_out)`` (Glorot and Bengio 2010), tables of tokens included.
+        float32 array: zeros for a bias, pi/2 for an angle, ones for a scale, N(0, 0.02) for a table of positions
+        (``...embedding.weight``), else uniform with variance ``2 / (fan_in + fan_out)`` (Glorot and Bengio 2010), tables of tokens
+        included.
     """
     if name.endswith("bias"):
         return np.zeros(shape, np.float32)
+    if name.endswith("theta"):
+        return np.full(shape, math.pi / 2, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -249,7 +389,7 @@ def initial_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> Weights:
     return {name: initial_weight(name, tuple(shape), seed) for name, shape in shapes.items()}
 
 
-def outputs(layer: L.Dense, num_classes: int) -> int:
+def outputs(layer: L.Dense | L.SpectralDense | L.FrobeniusDense, num_classes: int) -> int:
     """The number of units of a dense layer, with ``num_classes`` filled in."""
     return num_classes if layer.units == "num_classes" else int(layer.units)
 

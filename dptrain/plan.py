@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from dptrain.costs import Method
 from dptrain.errors import ConfigError
-from dptrain.info import LayerInfo
+from dptrain.info import Graph, LayerInfo
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Group:
         layers: names of its layers.
         norm_bound: Delta_k, the L2 bound on any example's weighted gradient in this group; infinity where none is claimed.
         clip_norm: C_k, enforced by weights at run time; None means the bound is proven beforehand and the weight is 1.
-        num_params: d_k, trainable parameters in the group.
+        num_params: d_k, trainable parameters in the group; 1 for a released count.
+        share: part of the joint budget ``1 / sigma^2`` that is set aside for a released count; None for gradients, which divide the rest.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Group:
     norm_bound: float
     clip_norm: float | None
     num_params: int
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Plan:
         clipping: name of the clipping function, None where no weights are computed.
         gamma: stability constant of the clipping function.
         project: whether constraints are restored after each update.
+        loss_clip: bound of one example's loss gradient in the model's output, enforced at run time; None with clipping strategies.
         layers: the facts the plan was made from.
+        graph: the model, where a bound was proven from it.
     """
 
     strategy: str
@@ -54,7 +58,9 @@ class Plan:
     clipping: str | None = None
     gamma: float = 0.01
     project: bool = False
+    loss_clip: float | None = None
     layers: tuple[LayerInfo, ...] = field(default=(), repr=False)
+    graph: Graph | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         grouped = [name for group in self.groups for name in group.layers]
@@ -75,6 +81,43 @@ class Plan:
         """Whether every group has a finite bound, without which no noise scale and no epsilon exist."""
         return all(math.isfinite(group.norm_bound) for group in self.groups)
 
+    @property
+    def count(self) -> Group | None:
+        """The group of the released count that moves a clipping norm, if there is one."""
+        return next((group for group in self.groups if group.share is not None), None)
+
+    @property
+    def gradient_groups(self) -> tuple[Group, ...]:
+        """The groups that hold gradients."""
+        return tuple(group for group in self.groups if group.share is None)
+
+    def scaled(self, scale: float) -> Plan:
+        """The same plan with every clipping norm, and the bounds that follow from it, times a factor.
+
+        Args:
+            scale: the factor.
+        Returns:
+            A new plan.
+        """
+
+        def stretch(group: Group) -> Group:
+            if group.clip_norm is None:
+                return group
+            return replace(group, clip_norm=group.clip_norm * scale, norm_bound=group.norm_bound * scale)
+
+        return replace(self, groups=tuple(map(stretch, self.groups)))
+
+    def with_bounds(self, bounds: Mapping[str, float]) -> Plan:
+        """The same plan with other proven bounds.
+
+        Args:
+            bounds: group name -> bound; groups that are not named keep theirs.
+        Returns:
+            A new plan.
+        """
+        groups = tuple(replace(group, norm_bound=bounds.get(group.name, group.norm_bound)) for group in self.groups)
+        return replace(self, groups=groups)
+
     def group_of(self, layer: str) -> Group:
         """The group a layer belongs to."""
         return next(group for group in self.groups if layer in group.layers)
@@ -91,7 +134,7 @@ class Plan:
         Returns:
             A new plan.
         """
-        groups = tuple(replace(group, clip_norm=clip_norm, norm_bound=clip_norm) for group in self.groups)
+        groups = tuple(replace(group, clip_norm=clip_norm, norm_bound=clip_norm) for group in self.gradient_groups)
         return replace(self, groups=groups)
 
     def __str__(self) -> str:

@@ -6,7 +6,8 @@
     4. reduce over workers         the identity on one process
     5. add noise                   once per logical batch, to every trainable parameter, used or not
     6. apply                       times the constant 1 / (q N); from here on everything is post-processing
-    7. project                     restore the constraints that a proven bound rests on
+    7. project                     restore the constraints that a proven bound rests on, and certify the new weights: the next step's
+                                   bounds, and noise in proportion, follow from them
 
 What is in the batch never decides whether a step happens: an empty batch releases noise and is recorded; a non-finite example has
 weight 0; nothing raises on data. A step that is interrupted between 2 and 5 has released nothing; its partial sum is a local
@@ -23,6 +24,7 @@ import numpy as np
 
 from accounting import PrivacyLedger, SampledGaussian
 from dptrain.backend import Backend
+from dptrain.inforce import PlanInForce
 from dptrain.plan import Plan
 from dptrain.randomness import RandomKey, StepNoise
 from dptrain.sampling import PoissonSampler, physical_batches
@@ -33,7 +35,7 @@ class Release:
     """What makes a step private; absent in non-private training.
 
     Args:
-        stds: noise standard deviation per group.
+        stds: noise standard deviation per group; where a plan moves, those of ``TrainingStep.in_force`` take their place.
         event: what is recorded per step, made from these very standard deviations.
         noise_key: key of the noise stream.
         ledger: where the event is recorded.
@@ -62,6 +64,7 @@ class TrainingStep:
         seed: public seed, for dropout.
         release: noise and record; None only for a plan that claims no bound.
         two_pass: see ``performance.gradients``.
+        in_force: plan and noise of the next step, where they move; None where the first ones serve throughout.
     """
 
     backend: Backend
@@ -77,6 +80,7 @@ class TrainingStep:
     seed: int
     release: Release | None
     two_pass: bool = False
+    in_force: PlanInForce | None = None
 
     def __post_init__(self) -> None:
         if (self.release is None) == self.plan.private:
@@ -96,18 +100,23 @@ class TrainingStep:
         Guarantee: the step is one Poisson-sampled Gaussian mechanism with the recorded event, under the plan's certificate.
         Source: math.md sections 1 and 6; Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1.
         """
-        backend = self.backend
+        backend, moving = self.backend, self.in_force
+        plan, factor = (moving.plan, (moving.executed,)) if moving else (self.plan, ())
         indices = self.sampler.sample(step)
         if self.release is not None and step >= self.release.recorded:
             self.release.ledger.record(self.release.event)
         backend.seed_dropout(self.model, self.seed, step)
         total = backend.zeros(self.model)
         for part, mask in physical_batches(indices, self.physical_batch_size):
-            total = backend.add(total, self._sum(backend.batch(self.x[part], self.y[part], mask)))  # type: ignore[attr-defined]
+            batch = backend.batch(self.x[part], self.y[part], mask, *factor)
+            total = backend.add(total, self._sum(batch))  # type: ignore[attr-defined]
         total = backend.reduce(total)
         if self.release is not None:
-            total = backend.privatize(total, self.plan, self.release.stds, StepNoise(self.release.noise_key, step))
-        scale = 1.0 / (self.sampler.sample_rate * self.sampler.num_examples)
-        backend.apply(self.model, self.optimizer, total, scale, self.learning_rate(step))
-        backend.project(self.model, self.plan)
+            stds = moving.stds if moving else self.release.stds
+            total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step))
+        expected = self.sampler.sample_rate * self.sampler.num_examples
+        backend.apply(self.model, self.optimizer, total, 1.0 / expected, self.learning_rate(step))
+        certificates = backend.project(self.model, plan)
+        if moving:
+            moving.after_step(certificates, backend.counts(total))
         return backend.stats(total)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +19,12 @@ from dptrain.backend import Backend, get_backend
 from dptrain.checkpoint import Checkpoint, atomic_write, save_arrays, write_json
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset, load, validate
-from dptrain.errors import ConfigError, DataError, RunError
+from dptrain.errors import ConfigError, DataError, RunError, UnsupportedModelError
+from dptrain.info import ModelInfo
+from dptrain.inforce import PlanInForce
 from dptrain.layer_specs import AnyLayer, Embedding
 from dptrain.losses import LOSSES
-from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for, release_event
+from dptrain.mechanism import FLOAT_MARGIN, GaussianMechanism, event_noise_multiplier, noise_multiplier_for, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
 from dptrain.report import privacy_statement
@@ -92,6 +94,7 @@ class Setup:
     plan: Plan
     sample_rate: float
     num_steps: int
+    info: ModelInfo = field(default_factory=lambda: ModelInfo(()))
 
 
 def num_outputs(config: TrainConfig, data: Dataset) -> int:
@@ -100,14 +103,14 @@ def num_outputs(config: TrainConfig, data: Dataset) -> int:
     Raises:
         DataError: the targets do not fit the loss.
     """
-    info = LOSSES[config.loss]
+    info = LOSSES[config.loss.name]
     if info.targets == "values":
         if data.num_classes is not None:
-            raise DataError(f"loss {config.loss} needs float targets, and data {data.name!r} has class labels; use cross_entropy.")
+            raise DataError(f"loss {info.name} needs float targets, and data {data.name!r} has class labels; use cross_entropy.")
         return int(np.prod(data.y_train.shape[1:], dtype=int)) if data.y_train.ndim > 1 else 1
     if data.num_classes is None:
-        raise DataError(f"loss {config.loss} needs class labels, and data {data.name!r} has float targets; use mean_squared_error.")
-    if config.loss == "binary_cross_entropy":
+        raise DataError(f"loss {info.name} needs class labels, and data {data.name!r} has float targets; use mean_squared_error.")
+    if info.binary:
         if data.num_classes != 2:
             raise DataError(f"loss binary_cross_entropy needs 2 classes, and data {data.name!r} has {data.num_classes}; use cross_entropy.")
         return 1
@@ -172,17 +175,53 @@ def prepare(config: TrainConfig, backend: str = "torch", data: Dataset | None = 
     check_tokens(config.model.expand(data.input_shape), data)
     executor = get_backend(backend, config.performance)
     model = executor.build_model(config, data.input_shape, outputs)
-    loss = executor.build_loss(config.loss)
+    loss = executor.build_loss(config.loss, outputs)
     x, y = probe(data)
-    info = executor.describe(model, x)
+    info = describe(executor, model, config, x, outputs)
     timings = None
     if config.performance.decision == "measured" and config.strategy.name == "mixed_ghost":
         batch = config.performance.physical_batch_size
         timings = executor.time_norms(model, loss, *probe(data, batch))
     plan = config.strategy.plan(info, decision=config.performance.decision, timings=timings)
-    if plan.needs_norms:
+    if plan.private:
         executor.self_check(model, loss, x, y, plan)
-    return Setup(config, executor, data, model, loss, plan, rate, steps)
+    setup = Setup(config, executor, data, model, loss, plan, rate, steps, info)
+    if config.performance.check_bounds:
+        check_bounds(setup, plan)
+    return setup
+
+
+def describe(executor: Backend, model: Any, config: TrainConfig, x: np.ndarray, outputs: int) -> ModelInfo:
+    """The facts a strategy asks for; where it proves bounds, after the model's constraints have been restored for the first time.
+
+    Raises:
+        UnsupportedModelError: lists every layer that cannot be handled, or has no bound.
+    """
+    info = executor.describe(model, x)
+    if not config.strategy.proves:
+        return info
+    graph = executor.graph(model, x)
+    if graph.problems:
+        raise UnsupportedModelError(graph.problems)
+    try:
+        lipschitz = config.loss.lipschitz(outputs)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    return replace(info, graph=graph, certificates=executor.constrain(model, graph), loss_lipschitz=lipschitz)
+
+
+def check_bounds(setup: Setup, plan: Plan) -> None:
+    """Compare proven bounds with per-sample gradient norms on a synthetic batch; the option ``performance.check_bounds``.
+
+    Raises:
+        UnsupportedModelError: a norm exceeds its bound, which would be an error of ours.
+    """
+    x, y = probe(setup.data, setup.config.performance.physical_batch_size)
+    for name, (attained, bound) in setup.backend.attained(setup.model, setup.loss, x, y, plan).items():
+        if not attained <= bound * (1 + FLOAT_MARGIN):
+            raise UnsupportedModelError(
+                [f"group {name!r} reaches a gradient norm of {attained:.6g} over its bound {bound:.6g}; report this."]
+            )
 
 
 def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int) -> float:
@@ -243,15 +282,21 @@ class Loop:
         self.setup, self.run_dir, self.stop = setup, run, stop
         self.config, self.backend, self.ledger = setup.config, setup.backend, run.ledger
         self.stds: dict[str, float] | None = None
+        self.in_force: PlanInForce | None = None
+        self.bounds: dict[str, np.ndarray] = {}
         self.optimizer = self.backend.build_optimizer(self.config.optimizer, setup.model)
         self.start = self._restore()
         seed = self.config.privacy.unsafe_seed
         sampler = PoissonSampler(len(setup.data.x_train), setup.sample_rate, RandomKey.make(SAMPLING, seed))
-        release = self._release(seed, sigma) if sigma is not None else None
+        release = None
+        if sigma is not None:
+            sigma = self._sigma(sigma)
+            self.in_force = self._in_force(sigma)
+            release = self._release(seed, sigma)
         self.step = TrainingStep(
             self.backend, setup.model, setup.loss, self.optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train,
             self.config.performance.physical_batch_size, lambda t: self.config.optimizer.rate_at(t, setup.num_steps),
-            self.config.seed, release, self.config.performance.gradients == "two_pass",
+            self.config.seed, release, self.config.performance.gradients == "two_pass", self.in_force,
         )  # fmt: skip
 
     def _restore(self) -> int:
@@ -260,7 +305,29 @@ class Loop:
             return 0
         self.backend.set_weights(self.setup.model, checkpoint.weights)
         self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
+        self.bounds = checkpoint.bounds
         return checkpoint.step
+
+    def _sigma(self, sigma: float) -> float:
+        """The noise multiplier that this run began with, or the one given, which is then remembered."""
+        stored = self.run_dir.record.get("noise_multiplier")
+        if isinstance(stored, float):
+            return stored
+        self.run_dir.remember(noise_multiplier=sigma)
+        return sigma
+
+    def _in_force(self, sigma: float) -> PlanInForce | None:
+        """Bounds and clipping norms that move, as the checkpoint left them; None where nothing moves."""
+        setup, privacy = self.setup, self.config.privacy
+        mechanism = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights)
+        expected = setup.sample_rate * len(setup.data.x_train)
+        found = PlanInForce(self.config.strategy, setup.info, setup.plan, mechanism, privacy.relation, expected)
+        if not found.moves:
+            return None
+        if self.start:
+            graph = setup.info.graph
+            found.restore(self.bounds, self.backend.graph_weights(setup.model, graph) if graph else {})
+        return found
 
     def _release(self, seed: int | None, sigma: float) -> Release:
         """Noise and event of every step of this run, within the budget that the ledger leaves."""
@@ -270,12 +337,7 @@ class Loop:
                 f"The ledger of {self.run_dir.path} holds {self.ledger.num_releases} releases and its checkpoint {self.start} steps, so "
                 "releases were lost; restore the ledger or start in another --out directory."
             )
-        stored = self.run_dir.record.get("noise_multiplier")
-        if isinstance(stored, float):
-            sigma = stored
-        else:
-            self.run_dir.remember(noise_multiplier=sigma)
-        self.stds = GaussianMechanism(sigma, privacy.allocation).stds(setup.plan, privacy.relation)
+        self.stds = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights).stds(setup.plan, privacy.relation)
         event = release_event(setup.plan, self.stds, setup.sample_rate, privacy.relation)
         if privacy.target_epsilon is not None:
             accountant = get_accountant(privacy.accountant, privacy.relation)
@@ -330,7 +392,9 @@ class Loop:
         """Write a checkpoint."""
         if self.run_dir.path is not None:
             model, optimizer = self.setup.model, self.optimizer
-            self.run_dir.save_checkpoint(Checkpoint(step, self.backend.get_weights(model), self.backend.get_optimizer_state(optimizer)))
+            bounds = self.in_force.state() if self.in_force else {}
+            optimizer_state = self.backend.get_optimizer_state(optimizer)
+            self.run_dir.save_checkpoint(Checkpoint(step, self.backend.get_weights(model), optimizer_state, bounds))
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the test split; empty without one."""
@@ -341,16 +405,19 @@ class Loop:
         """Evaluate, write weights and privacy statement."""
         setup, out = self.setup, self.run_dir.path
         metrics = self.evaluate()
+        plan, stds = (self.in_force.plan, self.in_force.stds) if self.in_force else (setup.plan, self.stds)
+        if self.config.performance.check_bounds:
+            check_bounds(setup, plan)
         statement = privacy_statement(
-            self.config, self.ledger.events, setup.plan, self.stds, setup.data, complete, {**self.backend.versions()}, self.run_dir.identity
+            self.config, self.ledger.events, plan, stds, setup.data, complete, {**self.backend.versions()}, self.run_dir.identity
         )
         if out is not None:
             self.run_dir.log(step=step, private=False, final=complete, **{f"test_{k}": v for k, v in metrics.items()})
             weights = self.backend.get_weights(setup.model)
             save_arrays(out / "weights.safetensors", weights, {"format": "dptrain", **self.run_dir.identity})
             write_json(out / "privacy.json", statement)
-            atomic_write(out / "plan.txt", (str(setup.plan) + "\n").encode())
-        return TrainResult(setup.model, setup.plan, statement, metrics, step, complete, seconds, out)
+            atomic_write(out / "plan.txt", (str(plan) + "\n").encode())
+        return TrainResult(setup.model, plan, statement, metrics, step, complete, seconds, out)
 
 
 class EpsilonMeter:

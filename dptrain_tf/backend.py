@@ -14,12 +14,14 @@ import tensorflow as tf
 
 from dptrain.config import OptimizerConfig, Performance, TrainConfig
 from dptrain.errors import RunError
-from dptrain.info import ModelInfo
+from dptrain.info import Graph, ModelInfo
+from dptrain.losses import LossConfig
+from dptrain.metrics import classification_metrics
 from dptrain.models import initial_weights
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 from dptrain.report import package_versions
-from dptrain_tf import engine, gradients, losses, measure, models, update
+from dptrain_tf import engine, gradients, graph, losses, measure, models, update
 from dptrain_tf.describe import describe
 from dptrain_tf.gradients import Batch, Grads
 
@@ -58,8 +60,8 @@ class TensorFlowBackend:
             models.set_weights(model, initial_weights(models.weight_shapes(model), config.seed))
         return model
 
-    def build_loss(self, name: str) -> Any:
-        return losses.get_loss(name)
+    def build_loss(self, loss: str | LossConfig, num_outputs: int | None = None) -> Any:
+        return losses.get_loss(loss, num_outputs)
 
     def build_optimizer(self, config: OptimizerConfig, model: Any) -> Any:
         if config.name == "sgd":
@@ -75,8 +77,20 @@ class TensorFlowBackend:
     def describe(self, model: Any, x: np.ndarray) -> ModelInfo:
         return describe(model, self.tensor(x))
 
+    def graph(self, model: Any, x: np.ndarray) -> Graph:
+        return graph.graph(model, self.tensor(x[:2]))
+
+    def constrain(self, model: Any, found: Graph) -> dict[str, float]:
+        return update.constrain(model, found, first=True)
+
+    def graph_weights(self, model: Any, found: Graph) -> dict[str, np.ndarray]:
+        return graph.weights(model, found)
+
     def time_norms(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, dict[str, float]]:
         return measure.time_norms(model, loss, self.batch(x, y, np.ones(len(x), bool)))
+
+    def attained(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
+        return engine.attained(model, loss, self.tensor(x), self.tensor(y), plan)
 
     def self_check(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
         engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan)
@@ -94,8 +108,9 @@ class TensorFlowBackend:
             value = tf.convert_to_tensor(np.ascontiguousarray(array))
             return tf.cast(value, self.dtype) if value.dtype.is_floating else value
 
-    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
-        return Batch(self.tensor(x), self.tensor(y), self.tensor(mask))
+    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray, factor: float = 1.0) -> Batch:
+        scale = None if factor == 1.0 else tf.constant(factor, self.dtype)
+        return Batch(self.tensor(x), self.tensor(y), self.tensor(mask), scale)
 
     def zeros(self, model: Any) -> Grads:
         return update.zeros(model)
@@ -115,8 +130,8 @@ class TensorFlowBackend:
     def apply(self, model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
         update.apply(model, optimizer, released, scale, learning_rate)
 
-    def project(self, model: Any, plan: Plan) -> None:
-        update.project(model, plan)
+    def project(self, model: Any, plan: Plan) -> dict[str, float]:
+        return update.project(model, plan)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.performance.compile is False:
@@ -125,15 +140,15 @@ class TensorFlowBackend:
         identifiers: dict[str, str] = {}
 
         @tf.function(autograph=False, reduce_retracing=False)
-        def traced(x: Any, y: Any, mask: Any) -> Any:
-            grads = function(Batch(x, y, mask))
+        def traced(x: Any, y: Any, mask: Any, factor: Any) -> Any:
+            grads = function(Batch(x, y, mask, factor))
             keys[:] = list(grads.sums)
             identifiers.update(grads.identifiers)
-            return list(grads.sums.values()), grads.stats
+            return list(grads.sums.values()), grads.stats, grads.counts
 
         def run(batch: Batch) -> Grads:
-            sums, stats = traced(batch.x, batch.y, batch.mask)
-            return Grads(dict(zip(keys, sums, strict=True)), stats, identifiers)
+            sums, stats, counts = traced(batch.x, batch.y, batch.mask, batch.factor)
+            return Grads(dict(zip(keys, sums, strict=True)), stats, identifiers, counts)
 
         return run
 
@@ -142,19 +157,20 @@ class TensorFlowBackend:
             tf.test.experimental.sync_devices()
 
     # --- around the step ---
+    def counts(self, grads: Grads) -> dict[str, float]:
+        return {name: float(value) for name, value in grads.counts.items()}
+
     def stats(self, grads: Grads) -> dict[str, float]:
         return {name: float(value) for name, value in grads.stats.items()}
 
     def evaluate(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-        size, total, correct, classes = 500, 0.0, 0, y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
+        size, total, outputs = 500, 0.0, []
         predict = tf.function(lambda x: model(x, training=False), autograph=False)
         for start in range(0, len(x), size):
             output, target = predict(self.tensor(x[start : start + size])), self.tensor(y[start : start + size])
             total += float(tf.reduce_sum(loss(target, output)))
-            logits = output.numpy()
-            guess = logits.argmax(-1) if logits.shape[-1] > 1 else (logits.ravel() > 0).astype(y.dtype)
-            correct += int((guess == y[start : start + size]).sum()) if classes else 0
-        return {"loss": total / len(x)} | ({"accuracy": correct / len(x)} if classes else {})
+            outputs.append(output.numpy())
+        return {"loss": total / len(x), **classification_metrics(np.concatenate(outputs), y)}
 
     def get_weights(self, model: Any) -> dict[str, np.ndarray]:
         return models.get_weights(model)

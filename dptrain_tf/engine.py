@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,25 +11,94 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from dptrain.errors import UnsupportedModelError
+from dptrain.info import ModelInfo
+from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
+from dptrain.projection import certify
 from dptrain.strategies import SensitivityStrategy, get_strategy
+from dptrain_tf import update
 from dptrain_tf.describe import describe, tensors
 from dptrain_tf.gradients import Batch, Grads, Loss, batch_size, bounded_sum, call_model, example_losses, plain_sum, trainable
+from dptrain_tf.graph import graph, weights
+from dptrain_tf.lipschitz import LossGradientClip
 from dptrain_tf.rules import children
 
 
-def make_plan(model: Any, x: Any, strategy: str | SensitivityStrategy = "mixed_ghost", **settings: Any) -> Plan:
+def make_plan(model: Any, x: Any, strategy: str | SensitivityStrategy = "mixed_ghost", *, loss: Any = None, **settings: Any) -> Plan:
     """The plan of a strategy for a model.
 
     Args:
-        model: any Keras model; built by a call if it is not built yet.
+        model: any Keras model; built by a call if it is not built yet. For ``clipless``, ``project`` it first.
         x: a batch of inputs.
         strategy: a strategy or its name.
+        loss: for ``clipless``, a loss of ``get_loss``, or the Lipschitz constant of your own.
         settings: fields of the strategy, such as ``max_grad_norm``, if it is given by name.
     Returns:
         The plan; ``print`` it.
     """
-    return get_strategy(strategy, **settings).plan(describe(model, x))
+    found = get_strategy(strategy, **settings)
+    return found.plan(facts(model, x, loss) if found.proves else describe(model, x))
+
+
+def facts(model: Any, x: Any, loss: Any = None) -> ModelInfo:
+    """What a proof needs of a model: its layers, its graph, and certificates of its current weights.
+
+    Args:
+        model: a model made of layers with a proven bound; left as it was.
+        x: a batch of inputs.
+        loss: a loss of ``get_loss``, the Lipschitz constant of your own, or None where none is known.
+    Returns:
+        Facts.
+    Raises:
+        UnsupportedModelError: lists every layer that has no bound.
+    """
+    found = graph(model, pair(x))
+    if found.problems:
+        raise UnsupportedModelError(found.problems)
+    constant = loss.lipschitz(found.output.size) if hasattr(loss, "lipschitz") else loss if isinstance(loss, int | float) else None
+    return replace(describe(model, x), graph=found, certificates=certify(found, weights(model, found)), loss_lipschitz=constant)
+
+
+def project(model: Any, x: Any) -> dict[str, float]:
+    """Restore the constraints of a model's Lipschitz layers, and certify them.
+
+    Args:
+        model: a model made of layers with a proven bound; its weights are changed.
+        x: a batch of inputs; only shapes matter.
+    Returns:
+        ``layer.role`` -> certified norm.
+    Raises:
+        UnsupportedModelError: lists every layer that has no bound.
+    """
+    found = graph(model, pair(x))
+    if found.problems:
+        raise UnsupportedModelError(found.problems)
+    return update.constrain(model, found, first=True)
+
+
+def check_bounds(model: Any, loss: Loss, x: Any, y: Any, **settings: Any) -> dict[str, tuple[float, float]]:
+    """Per-sample gradient norms, taken with ghost norms, beside the bounds that ``clipless`` proves.
+
+    Args:
+        model: a model made of layers with a proven bound; left as it was.
+        loss: a loss of ``get_loss``.
+        x, y: a batch.
+        settings: fields of ``clipless``.
+    Returns:
+        Group -> largest norm in the batch, proven bound. The norms are NOT private.
+    """
+    return attained(model, loss, x, y, make_plan(model, x, "clipless", loss=loss, **settings))
+
+
+def attained(model: Any, loss: Loss, x: Any, y: Any, plan: Plan) -> dict[str, tuple[float, float]]:
+    """Group -> largest per-sample gradient norm in a batch, and the bound of a plan with proven bounds."""
+    members = {group.name: group.layers for group in plan.gradient_groups}
+    info = ModelInfo(plan.layers)
+    measuring = get_strategy("mixed_ghost", grouping=members).plan(info).with_clip_norm(float("inf"))
+    clip = LossGradientClip(plan.loss_clip or float("inf"))
+    norms: dict[str, Tensor] = {}
+    checked_sum(model, lambda target, output: loss(target, clip(output)), full_batch(x, y), measuring, norms_out=norms)
+    return {g.name: (float(tf.reduce_max(norms[g.name])) if g.name in norms else 0.0, g.norm_bound) for g in plan.gradient_groups}
 
 
 def full_batch(x: Any, y: Any) -> Batch:
@@ -165,9 +235,14 @@ def clipping_strategy(strategy: Any) -> Any:
         UnsupportedModelError: ``non_private`` takes none.
     """
     name = strategy if isinstance(strategy, str) else strategy.name
-    if name == "non_private":
-        raise UnsupportedModelError(["strategy non_private takes no per-sample norms; choose mixed_ghost, ghost or per_sample."])
+    if name in ("non_private", "clipless"):
+        raise UnsupportedModelError([f"strategy {name} takes no per-sample norms; choose mixed_ghost, ghost or per_sample."])
     return strategy
+
+
+def pair(x: Any) -> Any:
+    """Two examples of a batch."""
+    return take(x, [i % batch_size(tensors(x)) for i in range(2)])
 
 
 def take(x: Any, where: Any) -> Any:
@@ -206,8 +281,11 @@ def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan, training: boo
         problems += [f"state {name!r} is updated from data without noise; remove the layer that does it." for name in moved]
         describe(model, batches[0][0])
         problems += independence_problems(model, loss, batches[1][0], batches[1][1])
-        problems += completeness_problems(model, loss, full_batch(*batches[1]), plan)
-        problems += bound_problems(model, loss, batches[0], plan)
+        if plan.loss_clip is None:
+            problems += completeness_problems(model, loss, full_batch(*batches[1]), plan)
+            problems += bound_problems(model, loss, batches[0], plan)
+        else:
+            problems += proof_problems(model, loss, batches[1], plan)
     finally:
         for variable, before in state:
             variable.assign(before)
@@ -254,9 +332,29 @@ def bound_problems(model: Any, loss: Loss, pair: tuple[Any, Any], plan: Plan) ->
     return []
 
 
+def proof_problems(model: Any, loss: Loss, batch: tuple[Any, Any], plan: Plan) -> list[str]:
+    """No example exceeds its proven bound."""
+    return [
+        f"group {name!r} reaches a gradient norm of {norm:.6g} over its proven bound {bound:.6g}; please report this model."
+        for name, (norm, bound) in attained(model, loss, *batch, plan).items()
+        if not norm <= bound * (1 + FLOAT_MARGIN)
+    ]
+
+
 def tolerance(x: Tensor) -> float:
     """Relative agreement to expect of two ways to compute the same thing in a given precision."""
     return {tf.float64: 1e-6, tf.float32: 1e-4}.get(x.dtype, 5e-2)
 
 
-__all__ = ["clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check", "trainable"]
+__all__ = [
+    "attained",
+    "check_bounds",
+    "clipped_sum",
+    "describe",
+    "facts",
+    "make_plan",
+    "per_sample_norms",
+    "project",
+    "self_check",
+    "trainable",
+]

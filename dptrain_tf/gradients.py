@@ -12,7 +12,7 @@ AutoGraph would hide what an error says behind an error of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tensorflow as tf
@@ -36,11 +36,13 @@ class Batch:
         x: inputs ``[B, ...]``; a list, tuple or mapping of tensors is passed to the model as it is, as Keras does.
         y: targets ``[B, ...]``, passed to the loss as they are.
         mask: bool ``[B]``; False marks padding, which has weight 0.
+        factor: what the plan's clipping norms are multiplied by, a scalar tensor where they move; None stands for 1.
     """
 
     x: Any
     y: Any
     mask: Tensor
+    factor: Tensor | None = None
 
 
 @dataclass
@@ -51,11 +53,13 @@ class Grads:
         sums: variable path -> sum over examples, in the order of ``trainable_variables``.
         stats: sums that are NOT private: ``loss``, ``count``, ``clipped``, ``nonfinite``; for progress displays only.
         identifiers: variable path -> identifier in the plan.
+        counts: group name -> sum of +1/2 and -1/2 over examples, where the plan releases a count; noise is added to it as to the sums.
     """
 
     sums: dict[str, Tensor]
     stats: dict[str, Tensor]
     identifiers: dict[str, str]
+    counts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def call_model(model: Any, x: Any, training: bool) -> Any:
@@ -156,7 +160,24 @@ def call_uses(call: Call) -> dict[str, Use]:
     return {name: by_role[role] for role, name in unit.params.items()}
 
 
-def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def limit_of(clip_norm: float | None, factor: Tensor | None, dtype: Any) -> Any:
+    """A clipping norm as it stands at this step."""
+    return clip_norm if factor is None or clip_norm is None else tf.cast(clip_norm * factor, dtype)
+
+
+def count_below(plan: Plan, below: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The count that moves a clipping norm: +1/2 for each example below it, -1/2 for the others, 0 for padding.
+
+    Guarantee: one example changes it by at most 1/2, its replacement by at most 1.
+    Source: Andrew et al. 2021 (arXiv:1905.03871), section 2.1.
+    """
+    if plan.count is None:
+        return {}
+    half = tf.where(below, tf.constant(0.5, tf.float64), tf.constant(-0.5, tf.float64))
+    return {plan.count.name: tf.reduce_sum(half * tf.cast(mask, tf.float64))}
+
+
+def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor, factor: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """Group -> weight ``[B]`` of each example, and which examples are finite in every group.
 
     Guarantee: padding and examples with a norm that is not finite have weight 0 in every group.
@@ -168,7 +189,7 @@ def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor) -> tuple[
     for group in plan.groups:
         if group.name in norms:
             norm = norms[group.name]
-            w = clip_weight(plan.clipping or "abadi", norm, group.clip_norm, plan.gamma, tf.maximum)
+            w = clip_weight(plan.clipping or "abadi", norm, limit_of(group.clip_norm, factor, norm.dtype), plan.gamma, tf.maximum)
             weights[group.name] = tf.where(valid & finite, w, tf.zeros_like(w))
     return weights, finite
 
@@ -216,6 +237,8 @@ def bounded_sum(
         ``norm_bound`` (twice for a replacement), up to ``mechanism.FLOAT_MARGIN``.
     Source: math.md sections 1 to 3.
     """
+    if plan.loss_clip is not None:
+        return proven_sum(model, loss, batch, plan, training=training)
     if not plan.needs_norms:
         return plain_sum(model, loss, batch, training=training)
     units, size = find_units(model, training), batch_size(batch.x)
@@ -237,8 +260,9 @@ def bounded_sum(
     norms = accumulator.norms()
     if norms_out is not None:
         norms_out.update(norms)
-    weights, finite = weights_of(plan, norms, valid)
-    stats = statistics(plan, losses, batch.mask, valid & finite, norms)
+    weights, finite = weights_of(plan, norms, valid, batch.factor)
+    stats = statistics(plan, losses, batch.mask, valid & finite, norms, batch.factor)
+    counts = count_below(plan, joint_below(plan, norms, batch.factor) & valid & finite, batch.mask) if plan.count else {}
     group_of = {name: accumulator.group_of[layers[0]] for name, layers in owners.items()}
 
     def contract(clean: bool) -> dict[str, Tensor]:
@@ -261,7 +285,57 @@ def bounded_sum(
     else:
         usable = tf.reduce_all(finite) & tf.reduce_all(tf.math.is_finite(losses))
         sums = tf.cond(usable, lambda: contract(clean=True), lambda: contract(clean=False))
-    return Grads(sums, stats, identifiers(units))
+    return Grads(sums, stats, identifiers(units), counts)
+
+
+def joint_below(plan: Plan, norms: Mapping[str, Tensor], factor: Tensor | None) -> Tensor:
+    """Whether each example's gradient over all groups is within the joint clipping norm, ``[B]``."""
+    joint = tf.sqrt(tf.add_n([tf.square(tf.cast(norm, tf.float64)) for norm in norms.values()]))
+    clip = sum((group.clip_norm or 0.0) ** 2 for group in plan.gradient_groups) ** 0.5
+    return joint <= limit_of(clip, None if factor is None else tf.cast(factor, tf.float64), tf.float64)
+
+
+@tf.autograph.experimental.do_not_convert  # plain Python, run once while a tf.function is traced
+def proven_sum(model: Any, loss: Loss, batch: Batch, plan: Plan, *, training: bool = True) -> Grads:
+    """The sum of plain gradients, each example's loss gradient in the output scaled down to the plan's ``loss_clip``.
+
+    Guarantee: with a plan of ``clipless``, one example contributes to group k at most its ``norm_bound``: what enters the backward pass is
+        within ``loss_clip`` whatever the loss does, and is zero for padding and for examples that are not finite (pitfalls.md L15).
+    Source: math.md section 5.
+    """
+    parameters, size = trainable(model), batch_size(batch.x)
+    variables = list(parameters.values())
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([v.value for v in variables])
+        output = call_model(model, batch.x, training)
+    check_output(output, size)
+    with tf.GradientTape(watch_accessed_variables=False) as head:
+        head.watch(output)
+        losses = example_losses(loss, output, batch.y, size)
+    cotangent = tf.convert_to_tensor(head.gradient(losses, output, unconnected_gradients=tf.UnconnectedGradients.ZERO))
+    rows = tf.reshape(cotangent, [size, -1])
+    used = batch.mask & tf.math.is_finite(losses) & tf.reduce_all(tf.math.is_finite(rows), axis=1)
+    rows = per_example(used, rows)
+    limit = limit_of(plan.loss_clip, batch.factor, rows.dtype)
+    norm = tf.norm(rows, axis=1)
+    rows = rows * (limit / tf.maximum(norm, limit))[:, None]
+    counts = count_below(plan, used & (norm <= limit), batch.mask)
+    gradients = gradients_of(tape, output, variables, tf.reshape(rows, cotangent.shape))
+    found = {
+        "loss": per_example(used, losses),
+        "count": batch.mask,
+        "clipped": used & (norm > limit),
+        "nonfinite": batch.mask & ~used,
+    }
+    stats = {name: tf.reduce_sum(tf.cast(value, tf.float32)) for name, value in found.items()}
+    return Grads(dict(zip(parameters, gradients, strict=True)), stats, identifiers(find_units(model)), counts)
+
+
+def check_output(output: Any, batch: int) -> None:
+    """Refuse an output that is not one array with the examples first."""
+    if not tf.is_tensor(output) or output.shape.rank == 0 or output.shape[0] != batch:
+        shape = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
+        raise UnsupportedModelError([f"the model returned {shape} for a batch of {batch}; strategy clipless needs one tensor [B, ...]."])
 
 
 def second_pass(
@@ -296,12 +370,14 @@ def plain_sum(model: Any, loss: Loss, batch: Batch, *, training: bool = True) ->
     return Grads(dict(zip(parameters, gradients, strict=True)), stats, identifiers(find_units(model)))
 
 
-def statistics(plan: Plan, losses: Tensor, mask: Tensor, used: Tensor, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def statistics(
+    plan: Plan, losses: Tensor, mask: Tensor, used: Tensor, norms: Mapping[str, Tensor], factor: Tensor | None = None
+) -> dict[str, Tensor]:
     """Sums over the batch for progress displays, in float32. NOT private (pitfalls.md G18)."""
     clipped = tf.zeros_like(used)
     for group in plan.groups:
         if group.name in norms and group.clip_norm is not None:
-            clipped = clipped | (norms[group.name] > group.clip_norm)
+            clipped = clipped | (norms[group.name] > limit_of(group.clip_norm, factor, norms[group.name].dtype))
     loss = tf.reduce_sum(per_example(used, losses))
     found = {"loss": loss, "count": mask, "clipped": clipped & used, "nonfinite": mask & ~used}
     return {name: tf.reduce_sum(tf.cast(value, tf.float32)) for name, value in found.items()}

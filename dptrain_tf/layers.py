@@ -1,4 +1,5 @@
-"""The few layers that specifications need and Keras does not have. Weights live in ordinary Keras layers inside them."""
+"""The layers that specifications need and Keras does not have: a few whose weights live in ordinary Keras layers inside them, and those of
+``lipschitz.py``."""
 
 from __future__ import annotations
 
@@ -7,11 +8,16 @@ from typing import Any
 import keras
 from keras import ops
 
+from dptrain_tf.lipschitz import *  # noqa: F403
+from dptrain_tf.lipschitz import absolute
+
 
 def activation(name: str) -> Any:
     """An elementwise function by name."""
     if name == "gelu":
         return exact_gelu
+    if name == "abs":
+        return absolute
     return getattr(keras.activations, name)
 
 

@@ -60,7 +60,7 @@ class Builder:
     def layer(self, spec: AnyLayer, x: Any, name: str) -> Any:
         """Apply one layer."""
         *space, channels = x.shape[1:]
-        common = {"name": name, "dtype": self.dtype}
+        common: dict[str, Any] = {"name": name, "dtype": self.dtype}
         match spec:
             case L.Dense():
                 units = outputs(spec, self.num_classes)
@@ -111,7 +111,44 @@ class Builder:
             case L.Residual():
                 body, shortcut = self.chain(spec.body, x, name + "."), self.chain(spec.shortcut, x, name + ".")
                 need(body.shape == shortcut.shape, f"body gives {tuple(body.shape[1:])}, shortcut {tuple(shortcut.shape[1:])}")
-                return KL.Add(**common)([body, shortcut])
+                return (KL.Average if spec.mode == "convex" else KL.Add)(**common)([body, shortcut])
+            case L.BoundedInput():
+                return ours.BoundedInput(spec.norm, **common)(x)
+            case L.SpectralDense():
+                units = outputs(spec, self.num_classes)
+                return ours.SpectralDense(units, spec.bias, spec.lipschitz, spec.orthogonal, spec.max_bias_norm, **common)(x)
+            case L.SpectralConv():
+                return self.spectral_conv(spec, x, name)
+            case L.FrobeniusDense():
+                units = outputs(spec, self.num_classes)
+                return ours.FrobeniusDense(units, spec.bias, spec.norm, spec.disjoint_neurons, spec.max_bias_norm, **common)(x)
+            case L.BoundedBias():
+                return ours.BoundedBias(spec.max_norm, **common)(x)
+            case L.GroupSort():
+                return (ours.FullSort(**common) if spec.type == "full_sort" else ours.GroupSort(spec.size, **common))(x)
+            case L.Householder():
+                return ours.Householder(**common)(x)
+            case L.LayerCentering():
+                return ours.LayerCentering(**common)(x)
+            case L.ScaledPool():
+                need(len(space) == 2, "it needs an image [H, W, C]")
+                need(min(space) >= spec.size, f"the window {spec.size} is larger than the image")
+                return (ours.ScaledL2NormPool2d if spec.type == "scaled_l2_norm_pool" else ours.ScaledAvgPool2d)(spec.size, **common)(x)
+            case L.ScaledGlobalPool():
+                need(bool(space), "there is no axis to pool over")
+                scaled = ours.ScaledGlobalL2NormPool2d if spec.type == "scaled_global_l2_norm_pool" else ours.ScaledGlobalAvgPool2d
+                return scaled(**common)(x)
+            case L.Reshape():
+                return KL.Reshape(spec.shape, **common)(x)
+            case L.Permute():
+                need(sorted(spec.dims) == list(range(1, len(x.shape))), f"dims {spec.dims} do not name each of its axes once")
+                return KL.Permute(spec.dims, **common)(x)
+            case L.Patches():
+                need(len(space) == 2, "it needs an image [H, W, C]")
+                need(all(n % spec.size == 0 for n in space), f"patches of {spec.size} do not tile it")
+                return ours.Patches(spec.size, **common)(x)
+            case L.LossGradientClip():
+                return ours.LossGradientClip(spec.norm, **common)(x)
         raise ConfigError(f"Layer type {spec.type!r} is not built by this backend.")
 
     def conv(self, spec: L.Conv, x: Any, name: str) -> Any:
@@ -145,6 +182,23 @@ class Builder:
         return layer(
             spec.filters, k, r, padding, dilation_rate=d, groups=spec.groups, activation=ours.activation(spec.activation),
             use_bias=spec.bias, name=name, dtype=self.dtype,
+        )(x)  # fmt: skip
+
+    def spectral_conv(self, spec: L.SpectralConv, x: Any, name: str) -> Any:
+        """A convolution with a certified norm."""
+        *space, _ = x.shape[1:]
+        n = int(spec.type[-2])
+        need(len(space) == n, f"it needs {n} spatial axes")
+        k, r, d = (axes(value, n) for value in (spec.kernel_size, spec.strides, spec.dilation))
+        reach = [dd * (kk - 1) + 1 for kk, dd in zip(k, d, strict=True)]
+        need(
+            spec.padding == "same" or all(s >= e for s, e in zip(space, reach, strict=True)),
+            f"the kernel reaches over {reach} positions, the input has {space}",
+        )
+        layer = (ours.SpectralConv1D, ours.SpectralConv2D)[n - 1]
+        return layer(
+            spec.filters, k, r, spec.padding, d, spec.bias, spec.lipschitz, spec.orthogonal, spec.max_bias_norm,
+            name=name, dtype=self.dtype,
         )(x)  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from keras import layers as L
 from tensorflow import Tensor
 
 from dptrain.errors import UnsupportedModelError
-from dptrain.info import CONV, EMBEDDING, LINEAR, NORM
+from dptrain.info import BIAS, CONV, EMBEDDING, LINEAR, NORM
+from dptrain_tf.lipschitz import BoundedBias, SpectralConv1D, SpectralConv2D
 from dptrain_tf.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, wide
 
 Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
@@ -29,7 +30,10 @@ ROLES = {
     "bias": "bias", "beta": "bias",
 }  # fmt: skip
 # What a subclass may define for itself without changing what ``call`` computes.
-HARMLESS = {"__init__", "build", "get_config", "from_config", "compute_mask", "compute_output_shape", "compute_output_spec"}
+HARMLESS = {
+    "__init__", "build", "get_config", "from_config", "compute_mask", "compute_output_shape", "compute_output_spec", "settings",
+    "__dict__", "__weakref__", "__annotations__",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,18 @@ def norm_problem(layer: Any) -> str | None:
     return None
 
 
+# --- bias -----------------------------------------------------------------------------------------------------------------
+
+
+def bias_facts(layer: Any, a: Tensor, z: Tensor) -> Facts:
+    return {"positions": math.prod(z.shape[1:-1]), "fan_in": 1, "fan_out": z.shape[-1]}
+
+
+def bias_uses(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
+    g = flat(wide(g))
+    return {"bias": DirectUse(tf.reduce_sum(g, axis=1) * g.shape[1] ** -0.5)}
+
+
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 _CONV = Rule(CONV, conv_facts, conv_uses, conv_problem)
@@ -268,6 +284,9 @@ RULES: Mapping[type, Rule] = {
     L.Conv1DTranspose: _CONV,
     L.Conv2DTranspose: _CONV,
     L.Conv3DTranspose: _CONV,
+    SpectralConv1D: _CONV,
+    SpectralConv2D: _CONV,
+    BoundedBias: Rule(BIAS, bias_facts, bias_uses),
     L.Embedding: Rule(EMBEDDING, embedding_facts, embedding_uses),
     L.LayerNormalization: Rule(NORM, norm_facts, layer_norm_uses, norm_problem),
     L.RMSNormalization: Rule(NORM, norm_facts, rms_norm_uses),
@@ -283,12 +302,16 @@ def rule_for(layer: Any) -> Rule | None:
     """The row of a layer's class; a subclass counts only if it inherits everything that ``call`` runs unchanged."""
     for cls in type(layer).__mro__:
         if cls in RULES:
-            between = type(layer).__mro__[: type(layer).__mro__.index(cls)]
-            changed = {name for c in between for name in vars(c) if hasattr(cls, name)} - HARMLESS - set(vars(object))
             roles = all(role_of(layer, v) for v in layer._trainable_variables if v.trainable)
-            own = not changed - set(vars(type("plain", (cls,), {}))) and "call" not in layer.__dict__
-            return RULES[cls] if own and roles and RULES[cls].applies(layer) else None
+            return RULES[cls] if inherits(layer, cls) and roles and RULES[cls].applies(layer) else None
     return None
+
+
+def inherits(layer: Any, cls: type) -> bool:
+    """Whether a layer computes what its base class does: nothing that ``call`` may run is overridden, in a subclass or on the object."""
+    between = type(layer).__mro__[: type(layer).__mro__.index(cls)]
+    changed = {name for c in between for name in vars(c) if hasattr(cls, name)} - HARMLESS - set(vars(object))
+    return not changed - set(vars(type("plain", (cls,), {}))) and "call" not in layer.__dict__
 
 
 def role_of(layer: Any, variable: Any) -> str | None:

@@ -10,10 +10,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dptrain import projection
 from dptrain.errors import ConfigError
+from dptrain.info import Graph
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 from dptrain_tf.gradients import Grads, identifiers, trainable
+from dptrain_tf.graph import assign, weights
 from dptrain_tf.hooks import find_units
 
 STATS = ("loss", "count", "clipped", "nonfinite")
@@ -35,7 +38,8 @@ def add(total: Grads, part: Grads) -> Grads:
         A new sum; the arguments stay as they are.
     """
     sums = {name: value + part.sums[name] for name, value in total.sums.items()}
-    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()}, total.identifiers)
+    counts = {name: value + total.counts.get(name, 0.0) for name, value in part.counts.items()}
+    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()}, total.identifiers, counts)
 
 
 def reduce(total: Grads) -> Grads:
@@ -43,9 +47,8 @@ def reduce(total: Grads) -> Grads:
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return total
-    names = list(total.sums)
-    reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [total.sums[name] for name in names])
-    return Grads(dict(zip(names, reduced, strict=True)), total.stats, total.identifiers)
+    sums, counts = context.all_reduce(tf.distribute.ReduceOp.SUM, [dict(total.sums), dict(total.counts)])
+    return Grads(sums, total.stats, total.identifiers, counts)
 
 
 def group_of_parameter(plan: Plan) -> dict[str, str]:
@@ -55,7 +58,7 @@ def group_of_parameter(plan: Plan) -> dict[str, str]:
 
 
 def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
-    """Add Gaussian noise to the sum of every trainable parameter, used in this step or not. Not for ``tf.function``.
+    """Add Gaussian noise to the sum of every trainable parameter, used in this step or not, and to every count. Not for ``tf.function``.
 
     Args:
         total: the sum over the whole logical batch and all workers.
@@ -77,7 +80,11 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
         dtype = np.float64 if value.dtype == tf.float64 else np.float32
         drawn = tf.cast(noise.normal(stream, tuple(value.shape), dtype), value.dtype)
         sums[name] = value + stds[groups[total.identifiers[name]]] * drawn
-    return Grads(sums, total.stats, total.identifiers)
+    counts = {}
+    if plan.count is not None:  # released in every step, an empty batch included
+        name = plan.count.name
+        counts[name] = total.counts.get(name, tf.zeros([], tf.float64)) + stds[name] * float(noise.normal(len(sums), (), np.float64))
+    return Grads(sums, total.stats, total.identifiers, counts)
 
 
 _compiled: WeakKeyDictionary[Any, Callable[..., None]] = WeakKeyDictionary()
@@ -119,7 +126,29 @@ def apply(model: Any, optimizer: Any, released: Grads, scale: float, learning_ra
     compiled_apply(optimizer, list(parameters.values()))([released.sums[name] for name in parameters], tf.constant(scale, tf.float64))
 
 
-def project(model: Any, plan: Plan) -> None:
-    """Restore the constraints that a proven bound rests on; clipping plans have none."""
-    if plan.project:
-        raise TypeError(f"strategy {plan.strategy!r} asks for a projection, and this model has no constrained layer")
+def project(model: Any, plan: Plan) -> dict[str, float]:
+    """Restore the constraints that a proven bound rests on; clipping plans have none.
+
+    Args:
+        model: the model; its constrained weights are replaced.
+        plan: the plan, with its graph.
+    Returns:
+        Certificates of the new weights.
+    """
+    return constrain(model, plan.graph) if plan.project and plan.graph is not None else {}
+
+
+def constrain(model: Any, graph: Graph, first: bool = False) -> dict[str, float]:
+    """Restore the constraints that a proven bound rests on.
+
+    Args:
+        model: the model; its constrained weights are replaced.
+        graph: its operations.
+        first: take more iterations, for weights that no projection has seen yet.
+    Returns:
+        Certificates of the new weights.
+    Source: ``dptrain/projection.py``, which does it for both frameworks.
+    """
+    done = projection.project(graph, weights(model, graph), first)
+    assign(model, done.weights)
+    return done.certificates

@@ -11,12 +11,14 @@ from torch import nn
 
 from dptrain.config import OptimizerConfig, Performance, TrainConfig
 from dptrain.errors import RunError
-from dptrain.info import ModelInfo
+from dptrain.info import Graph, ModelInfo
+from dptrain.losses import LossConfig
+from dptrain.metrics import classification_metrics
 from dptrain.models import initial_weights
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 from dptrain.report import package_versions
-from dptrain_torch import engine, gradients, losses, measure, models, update
+from dptrain_torch import engine, gradients, graph, losses, measure, models, update
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Grads
 
@@ -52,8 +54,8 @@ class TorchBackend:
         models.set_weights(model, initial_weights(models.weight_shapes(model), config.seed) | buffers(model))
         return model.to(self.device, self.dtype)
 
-    def build_loss(self, name: str) -> Any:
-        return losses.get_loss(name)
+    def build_loss(self, loss: str | LossConfig, num_outputs: int | None = None) -> Any:
+        return losses.get_loss(loss, num_outputs)
 
     def build_optimizer(self, config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
         parameters = list(gradients.trainable(model).values())
@@ -67,8 +69,20 @@ class TorchBackend:
     def describe(self, model: nn.Module, x: np.ndarray) -> ModelInfo:
         return describe(model, self.tensor(x))
 
+    def graph(self, model: nn.Module, x: np.ndarray) -> Graph:
+        return graph.graph(model, self.tensor(x[:2]))
+
+    def constrain(self, model: nn.Module, found: Graph) -> dict[str, float]:
+        return update.constrain(model, found, first=True)
+
+    def graph_weights(self, model: nn.Module, found: Graph) -> dict[str, np.ndarray]:
+        return graph.weights(model, found)
+
     def time_norms(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, dict[str, float]]:
         return measure.time_norms(model, loss, self.batch(x, y, np.ones(len(x), bool)))
+
+    def attained(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
+        return engine.attained(model, loss, self.tensor(x), self.tensor(y), plan)
 
     def self_check(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
         engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan)
@@ -83,8 +97,9 @@ class TorchBackend:
         value = torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
         return value.to(self.dtype) if value.is_floating_point() else value
 
-    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> Batch:
-        return Batch(self.tensor(x), self.tensor(y), self.tensor(mask))
+    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray, factor: float = 1.0) -> Batch:
+        scale = None if factor == 1.0 else torch.tensor(factor, dtype=self.dtype, device=self.device)
+        return Batch(self.tensor(x), self.tensor(y), self.tensor(mask), scale)
 
     def zeros(self, model: nn.Module) -> Grads:
         return update.zeros(model)
@@ -104,8 +119,8 @@ class TorchBackend:
     def apply(self, model: nn.Module, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
         update.apply(model, optimizer, released, scale, learning_rate)
 
-    def project(self, model: nn.Module, plan: Plan) -> None:
-        update.project(model, plan)
+    def project(self, model: nn.Module, plan: Plan) -> dict[str, float]:
+        return update.project(model, plan)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function) if self.performance.compile is True else function
@@ -115,11 +130,14 @@ class TorchBackend:
             torch.cuda.synchronize(self.device)
 
     # --- around the step ---
+    def counts(self, grads: Grads) -> dict[str, float]:
+        return {name: float(value) for name, value in grads.counts.items()}
+
     def stats(self, grads: Grads) -> dict[str, float]:
         return {name: float(value) for name, value in grads.stats.items()}
 
     def evaluate(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-        size, total, correct, classes = 500, 0.0, 0, y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
+        size, total, outputs = 500, 0.0, []
         was_training = model.training
         model.eval()
         try:
@@ -127,11 +145,10 @@ class TorchBackend:
                 for start in range(0, len(x), size):
                     output, target = model(self.tensor(x[start : start + size])), self.tensor(y[start : start + size])
                     total += float(loss(output, target).sum())
-                    guess = output.argmax(-1) if output.shape[-1] > 1 else (output.flatten() > 0).long()
-                    correct += int((guess == target).sum()) if classes else 0
+                    outputs.append(output.cpu().numpy())
         finally:
             model.train(was_training)
-        return {"loss": total / len(x)} | ({"accuracy": correct / len(x)} if classes else {})
+        return {"loss": total / len(x), **classification_metrics(np.concatenate(outputs), y)}
 
     def get_weights(self, model: nn.Module) -> dict[str, np.ndarray]:
         return models.get_weights(model)

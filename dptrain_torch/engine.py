@@ -4,30 +4,100 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dptrain.errors import UnsupportedModelError
+from dptrain.info import ModelInfo
+from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
+from dptrain.projection import certify
 from dptrain.strategies import SensitivityStrategy, get_strategy
+from dptrain_torch import update
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Loss, batch_size, bounded_sum, plain_sum, trainable
+from dptrain_torch.graph import graph, weights
+from dptrain_torch.lipschitz import LossGradientClip
 
 
-def make_plan(model: nn.Module, x: Any, strategy: str | SensitivityStrategy = "mixed_ghost", **settings: Any) -> Plan:
+def make_plan(model: nn.Module, x: Any, strategy: str | SensitivityStrategy = "mixed_ghost", *, loss: Any = None, **settings: Any) -> Plan:
     """The plan of a strategy for a model.
 
     Args:
-        model: any module.
+        model: any module; left as it was. For ``clipless``, ``project`` it first.
         x: a batch of inputs.
         strategy: a strategy or its name.
+        loss: for ``clipless``, a loss of ``get_loss``, or the Lipschitz constant of your own.
         settings: fields of the strategy, such as ``max_grad_norm``, if it is given by name.
     Returns:
         The plan; ``print`` it.
     """
-    return get_strategy(strategy, **settings).plan(describe(model, x))
+    found = get_strategy(strategy, **settings)
+    return found.plan(facts(model, x, loss) if found.proves else describe(model, x))
+
+
+def facts(model: nn.Module, x: Any, loss: Any = None) -> ModelInfo:
+    """What a proof needs of a model: its layers, its graph, and certificates of its current weights.
+
+    Args:
+        model: a model made of layers with a proven bound; left as it was.
+        x: a batch of inputs.
+        loss: a loss of ``get_loss``, the Lipschitz constant of your own, or None where none is known.
+    Returns:
+        Facts.
+    Raises:
+        UnsupportedModelError: lists every layer that has no bound.
+    """
+    found = graph(model, pair(x))
+    if found.problems:
+        raise UnsupportedModelError(found.problems)
+    constant = loss.lipschitz(found.output.size) if hasattr(loss, "lipschitz") else loss if isinstance(loss, int | float) else None
+    return replace(describe(model, x), graph=found, certificates=certify(found, weights(model, found)), loss_lipschitz=constant)
+
+
+def project(model: nn.Module, x: Any) -> dict[str, float]:
+    """Restore the constraints of a model's Lipschitz layers, and certify them.
+
+    Args:
+        model: a model made of layers with a proven bound; its weights are changed.
+        x: a batch of inputs; only shapes matter.
+    Returns:
+        ``layer.role`` -> certified norm.
+    Raises:
+        UnsupportedModelError: lists every layer that has no bound.
+    """
+    found = graph(model, pair(x))
+    if found.problems:
+        raise UnsupportedModelError(found.problems)
+    return update.constrain(model, found, first=True)
+
+
+def check_bounds(model: nn.Module, loss: Loss, x: Any, y: Any, **settings: Any) -> dict[str, tuple[float, float]]:
+    """Per-sample gradient norms, taken with ghost norms, beside the bounds that ``clipless`` proves.
+
+    Args:
+        model: a model made of layers with a proven bound; left as it was.
+        loss: a loss of ``get_loss``.
+        x, y: a batch.
+        settings: fields of ``clipless``.
+    Returns:
+        Group -> largest norm in the batch, proven bound. The norms are NOT private.
+    """
+    return attained(model, loss, x, y, make_plan(model, x, "clipless", loss=loss, **settings))
+
+
+def attained(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> dict[str, tuple[float, float]]:
+    """Group -> largest per-sample gradient norm in a batch, and the bound of a plan with proven bounds."""
+    members = {group.name: group.layers for group in plan.gradient_groups}
+    info = ModelInfo(plan.layers)
+    measuring = get_strategy("mixed_ghost", grouping=members).plan(info).with_clip_norm(float("inf"))
+    clip = LossGradientClip(plan.loss_clip or float("inf"))
+    norms: dict[str, Tensor] = {}
+    bounded_sum(model, lambda output, target: loss(clip(output), target), full_batch(x, y), measuring, norms_out=norms)
+    return {g.name: (float(norms[g.name].max()) if g.name in norms else 0.0, g.norm_bound) for g in plan.gradient_groups}
 
 
 def full_batch(x: Any, y: Any) -> Batch:
@@ -109,9 +179,14 @@ def clipping_strategy(strategy: Any) -> Any:
         UnsupportedModelError: ``non_private`` takes none.
     """
     name = strategy if isinstance(strategy, str) else strategy.name
-    if name == "non_private":
-        raise UnsupportedModelError(["strategy non_private takes no per-sample norms; choose mixed_ghost, ghost or per_sample."])
+    if name in ("non_private", "clipless"):
+        raise UnsupportedModelError([f"strategy {name} takes no per-sample norms; choose mixed_ghost, ghost or per_sample."])
     return strategy
+
+
+def pair(x: Any) -> Any:
+    """Two examples of a batch."""
+    return take(x, [i % batch_size(x) for i in range(2)])
 
 
 def take(x: Any, picks: list[int]) -> Any:
@@ -165,8 +240,11 @@ def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None
             module.eval()
         describe(model, batches[0][0])
         problems += independence_problems(model, loss, batches[1][0], batches[1][1])
-        problems += completeness_problems(model, loss, full_batch(*batches[1]), plan)
-        problems += bound_problems(model, loss, batches[0], plan)
+        if plan.loss_clip is None:
+            problems += completeness_problems(model, loss, full_batch(*batches[1]), plan)
+            problems += bound_problems(model, loss, batches[0], plan)
+        else:
+            problems += proof_problems(model, loss, batches[1], plan)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -219,9 +297,29 @@ def bound_problems(model: nn.Module, loss: Loss, pair: tuple[Any, Any], plan: Pl
     return []
 
 
+def proof_problems(model: nn.Module, loss: Loss, batch: tuple[Any, Any], plan: Plan) -> list[str]:
+    """No example exceeds its proven bound."""
+    return [
+        f"group {name!r} reaches a gradient norm of {norm:.6g} over its proven bound {bound:.6g}; please report this model."
+        for name, (norm, bound) in attained(model, loss, *batch, plan).items()
+        if not norm <= bound * (1 + FLOAT_MARGIN)
+    ]
+
+
 def tolerance(x: Tensor) -> float:
     """Relative agreement to expect of two ways to compute the same thing in a given precision."""
     return {torch.float64: 1e-6, torch.float32: 1e-4}.get(x.dtype, 5e-2)
 
 
-__all__ = ["clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check", "trainable"]
+__all__ = [
+    "attained",
+    "check_bounds",
+    "clipped_sum",
+    "describe",
+    "facts",
+    "make_plan",
+    "per_sample_norms",
+    "project",
+    "self_check",
+    "trainable",
+]

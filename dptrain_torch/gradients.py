@@ -9,7 +9,7 @@ model that has passed ``engine.self_check``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ class Batch:
         x: inputs ``[B, ...]``; a tuple or mapping of tensors is passed to the model as arguments.
         y: targets ``[B, ...]``, passed to the loss as they are.
         mask: bool ``[B]``; False marks padding, which has weight 0.
+        factor: what the plan's clipping norms are multiplied by, a scalar tensor where they move; None stands for 1.
     """
 
     x: Any
     y: Any
     mask: Tensor
+    factor: Tensor | None = None
 
 
 @dataclass
@@ -47,10 +49,12 @@ class Grads:
     Args:
         sums: parameter name -> sum over examples, in the order of ``named_parameters``.
         stats: sums that are NOT private: ``loss``, ``count``, ``clipped``, ``nonfinite``; for progress displays only.
+        counts: group name -> sum of +1/2 and -1/2 over examples, where the plan releases a count; noise is added to it as to the sums.
     """
 
     sums: dict[str, Tensor]
     stats: dict[str, Tensor]
+    counts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def zeros_like(parameter: Tensor) -> Tensor:
@@ -159,7 +163,23 @@ def call_uses(call: Call) -> dict[str, Use]:
     return {name: by_role[role] for role, name in unit.params.items()}
 
 
-def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def limit_of(clip_norm: float | None, factor: Tensor | None) -> Any:
+    """A clipping norm as it stands at this step."""
+    return clip_norm if factor is None or clip_norm is None else clip_norm * factor
+
+
+def count_below(plan: Plan, below: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The count that moves a clipping norm: +1/2 for each example below it, -1/2 for the others, 0 for padding.
+
+    Guarantee: one example changes it by at most 1/2, its replacement by at most 1.
+    Source: Andrew et al. 2021 (arXiv:1905.03871), section 2.1.
+    """
+    if plan.count is None:
+        return {}
+    return {plan.count.name: (torch.where(below, 0.5, -0.5) * mask).double().sum()}
+
+
+def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor, factor: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """Group -> weight ``[B]`` of each example, and which examples are finite in every group.
 
     Guarantee: padding and examples with a norm that is not finite have weight 0 in every group.
@@ -170,8 +190,8 @@ def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor) -> tuple[
     weights = {}
     for group in plan.groups:
         if group.name in norms:
-            norm = norms[group.name]
-            w = clip_weight(plan.clipping or "abadi", norm, group.clip_norm, plan.gamma, lambda n, c: n.clamp(min=c))
+            norm, limit = norms[group.name], limit_of(group.clip_norm, factor)
+            w = clip_weight(plan.clipping or "abadi", norm, limit, plan.gamma, lambda n, c: n.clamp(min=c))
             weights[group.name] = torch.where(valid & finite, w, torch.zeros_like(w))
     return weights, finite
 
@@ -196,6 +216,8 @@ def bounded_sum(
         ``norm_bound`` (twice for a replacement), up to ``mechanism.FLOAT_MARGIN``.
     Source: math.md sections 1 to 3.
     """
+    if plan.loss_clip is not None:
+        return proven_sum(model, loss, batch, plan)
     if not plan.needs_norms:
         return plain_sum(model, loss, batch)
     units, size = find_units(model), batch_size(batch.x)
@@ -222,12 +244,13 @@ def bounded_sum(
         norms = accumulator.norms()
         if norms_out is not None:
             norms_out.update(norms)
-        weights, finite = weights_of(plan, norms, valid)
-        stats = statistics(plan, losses, batch.mask, valid & finite, norms)
+        weights, finite = weights_of(plan, norms, valid, batch.factor)
+        stats = statistics(plan, losses, batch.mask, valid & finite, norms, batch.factor)
+        counts = count_below(plan, joint_below(plan, norms, batch.factor) & valid & finite, batch.mask) if plan.count else {}
     group_of = {name: accumulator.group_of[layers[0]] for name, layers in owners.items()}
     if two_pass:
         if bool((finite & valid | ~batch.mask).all()):
-            return Grads(second_pass(model, losses, weights, group_of), stats)
+            return Grads(second_pass(model, losses, weights, group_of), stats, counts)
         return bounded_sum(model, loss, batch, plan)  # a non-finite example would poison the native sum
     with torch.no_grad():
         clean = bool(finite.all()) and bool(losses.isfinite().all())
@@ -239,7 +262,60 @@ def bounded_sum(
                 w = weights[group_of[name]]
                 value = value + (use if clean else use.keep(w > 0)).weighted_sum(w).to(value.dtype)
             sums[name] = value
-    return Grads(sums, stats)
+    return Grads(sums, stats, counts)
+
+
+def joint_below(plan: Plan, norms: Mapping[str, Tensor], factor: Tensor | None) -> Tensor:
+    """Whether each example's gradient over all groups is within the joint clipping norm, ``[B]``."""
+    joint = torch.stack([norm.square() for norm in norms.values()]).sum(0).sqrt()
+    clip = sum((group.clip_norm or 0.0) ** 2 for group in plan.gradient_groups) ** 0.5
+    return joint <= limit_of(clip, factor)
+
+
+def proven_sum(model: nn.Module, loss: Loss, batch: Batch, plan: Plan) -> Grads:
+    """The sum of plain gradients, each example's loss gradient in the output scaled down to the plan's ``loss_clip``.
+
+    Guarantee: with a plan of ``clipless``, one example contributes to group k at most its ``norm_bound``: what enters the backward pass is
+        within ``loss_clip`` whatever the loss does, and is zero for padding and for examples that are not finite (pitfalls.md L15).
+    Source: math.md section 5.
+    """
+    parameters, size = trainable(model), batch_size(batch.x)
+    with torch.enable_grad():
+        output = call_model(model, batch.x)
+        check_output(output, size)
+        seen = output.detach().requires_grad_()
+        losses = example_losses(loss, seen, batch.y, size)
+        (cotangent,) = torch.autograd.grad(losses.sum(), seen)
+    with torch.no_grad():
+        used = batch.mask & losses.isfinite() & cotangent.flatten(1).isfinite().all(1)
+        cotangent = per_example(used, cotangent)
+        limit = limit_of(plan.loss_clip, batch.factor)
+        norm = cotangent.flatten(1).norm(dim=1)
+        cotangent = cotangent * column(limit / norm.clamp(min=limit), cotangent)
+        counts = count_below(plan, used & (norm <= limit), batch.mask)
+    gradients = torch.autograd.grad(output, list(parameters.values()), cotangent, allow_unused=True)
+    sums = {n: zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+    stats = {
+        "loss": per_example(used, losses.detach()).sum(),
+        "count": batch.mask.sum(),
+        "clipped": (used & (norm > limit)).sum(),
+        "nonfinite": (batch.mask & ~used).sum(),
+    }
+    return Grads(sums, stats, counts)
+
+
+def check_output(output: Any, batch: int) -> None:
+    """Refuse an output that is not one array with the examples first, or that nothing trainable reaches."""
+    if not isinstance(output, Tensor) or output.dim() == 0 or output.shape[0] != batch:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModelError([f"the model returned {shape} for a batch of {batch}; strategy clipless needs one tensor [B, ...]."])
+    if not output.requires_grad:
+        raise UnsupportedModelError(["the output depends on no trainable parameter, so nothing would be trained; unfreeze a layer."])
+
+
+def column(w: Tensor, like: Tensor) -> Tensor:
+    """``[B]`` shaped to multiply ``[B, ...]``."""
+    return w.view(-1, *[1] * (like.dim() - 1))
 
 
 def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str]) -> dict[str, Tensor]:
@@ -270,11 +346,13 @@ def plain_sum(model: nn.Module, loss: Loss, batch: Batch) -> Grads:
     return Grads(sums, {"loss": total.detach(), "count": count, "clipped": zero, "nonfinite": zero})
 
 
-def statistics(plan: Plan, losses: Tensor, mask: Tensor, used: Tensor, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def statistics(
+    plan: Plan, losses: Tensor, mask: Tensor, used: Tensor, norms: Mapping[str, Tensor], factor: Tensor | None = None
+) -> dict[str, Tensor]:
     """Sums over the batch for progress displays. NOT private (pitfalls.md G18)."""
     clipped = torch.zeros_like(used)
     for group in plan.groups:
         if group.name in norms and group.clip_norm is not None:
-            clipped = clipped | (norms[group.name] > group.clip_norm)
+            clipped = clipped | (norms[group.name] > limit_of(group.clip_norm, factor))
     loss = per_example(used, losses.detach()).sum()
     return {"loss": loss, "count": mask.sum(), "clipped": (clipped & used).sum(), "nonfinite": (mask & ~used).sum()}

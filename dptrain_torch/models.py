@@ -17,13 +17,18 @@ from dptrain.models import Weights, check_weights, outputs
 from dptrain_torch import layers as ours
 
 Shape = tuple[int, ...]  # of one example, channels last
+WANTS_FIRST = (L.Conv, L.ConvTranspose, L.Pool, L.GroupNorm, L.InstanceNorm, L.SpectralConv, L.ScaledPool, L.ScaledGlobalPool)
+ANY_LAYOUT = (
+    L.Activation, L.Dropout, L.BoundedInput, L.LossGradientClip, L.BoundedBias, L.GroupSort, L.Householder, L.LayerCentering,
+)  # fmt: skip
 
 
 class Builder:
     """Builds modules while it follows the shape of one example and the layout of the array.
 
-    Convolutions, pooling and channel normalisation want channels first; everything else wants them last. The builder inserts
-    views where the layout has to change, so a block of convolutions changes it once on each side.
+    Convolutions, pooling and channel normalisation want channels first; layers that work on any axis take the layout as it is; everything
+    else wants channels last. The builder inserts views where the layout has to change, so a block of convolutions changes it once on
+    each side.
 
     Args:
         num_classes: width that ``units: num_classes`` stands for.
@@ -49,24 +54,24 @@ class Builder:
         for name, spec in named(specs):
             if name in modules:
                 raise ConfigError(f"Two layers are called {where + name!r}; give them different names.")
-            wants_first = isinstance(spec, L.Conv | L.ConvTranspose | L.Pool | L.GroupNorm | L.InstanceNorm)
-            elementwise = isinstance(spec, L.Activation | L.Dropout)
-            if wants_first != first and not elementwise:
+            wants_first = isinstance(spec, WANTS_FIRST)
+            if wants_first != first and not isinstance(spec, ANY_LAYOUT):
                 modules[f"{name}_layout"] = ours.ChannelsFirst() if wants_first else ours.ChannelsLast()
                 first = wants_first
             try:
-                made, shape = self.layer(spec, shape, where + name + ".")
+                made, shape = self.layer(spec, shape, where + name + ".", first)
             except (ValueError, IndexError, RuntimeError) as error:
                 if isinstance(error, ConfigError):
                     raise
                 raise ConfigError(f"Layer {where + name!r} ({spec.type}) does not fit an input of shape {shape}: {error}.") from None
             modules |= {name + suffix: module for suffix, module in made.items()}
+            first = first and len(shape) > 1
         if first:
             modules["layout_last"] = ours.ChannelsLast()
         return modules, shape
 
-    def layer(self, spec: AnyLayer, shape: Shape, where: str) -> tuple[dict[str, nn.Module], Shape]:
-        """Modules of one layer by suffix of its name, and the shape after it."""
+    def layer(self, spec: AnyLayer, shape: Shape, where: str, first: bool) -> tuple[dict[str, nn.Module], Shape]:
+        """Modules of one layer by suffix of its name, and the shape after it; ``first`` says that channels are first."""
         *space, channels = shape
         match spec:
             case L.Dense():
@@ -118,7 +123,60 @@ class Builder:
                 need(out == out2, f"body gives {out}, shortcut {out2}")
                 twice = set(body) & set(shortcut)
                 need(not twice or all("layout" in name for name in twice), f"names {sorted(twice)} are in body and shortcut")
-                return {"": ours.Residual(body, {("shortcut_" + k if k in twice else k): v for k, v in shortcut.items()})}, out
+                renamed = {("shortcut_" + k if k in twice else k): v for k, v in shortcut.items()}
+                return {"": ours.Residual.named(body, renamed, spec.mode)}, out
+        return self.bounded(spec, shape, 1 if first else -1)
+
+    def bounded(self, spec: AnyLayer, shape: Shape, dim: int) -> tuple[dict[str, nn.Module], Shape]:
+        """The same for the layers with a proven Lipschitz constant; ``dim`` is the axis of the channels."""
+        *space, channels = shape
+        match spec:
+            case L.BoundedInput():
+                return {"": ours.BoundedInput(spec.norm)}, shape
+            case L.SpectralDense():
+                units = outputs(spec, self.num_classes)
+                return {"": ours.SpectralLinear(channels, units, spec.bias, **constraint(spec))}, (*space, units)
+            case L.SpectralConv():
+                return self.spectral_conv(spec, shape)
+            case L.FrobeniusDense():
+                units = outputs(spec, self.num_classes)
+                settings: Any = {"norm": spec.norm, "disjoint_neurons": spec.disjoint_neurons, "max_bias_norm": spec.max_bias_norm}
+                return {"": ours.FrobeniusLinear(channels, units, spec.bias, **settings)}, (*space, units)
+            case L.BoundedBias():
+                return {"": ours.BoundedBias(channels, max_norm=spec.max_norm, dim=dim)}, shape
+            case L.GroupSort(type="full_sort"):
+                return {"": ours.FullSort(dim)}, shape
+            case L.GroupSort():
+                need(channels % spec.size == 0, f"{channels} channels do not divide into groups of {spec.size}")
+                return {"": ours.GroupSort(spec.size, dim)}, shape
+            case L.Householder():
+                need(channels % 2 == 0, f"it pairs channels, of which there are {channels}")
+                return {"": ours.Householder(channels, dim)}, shape
+            case L.LayerCentering():
+                positions = tuple(range(2, 2 + len(space)) if dim == 1 else range(1, 1 + len(space)))
+                return {"": ours.LayerCentering(positions or 1)}, shape
+            case L.ScaledPool():
+                need(len(space) == 2, "it needs an image [H, W, C]")
+                need(min(space) >= spec.size, f"the window {spec.size} is larger than the image")
+                pool: Any = ours.ScaledL2NormPool2d if spec.type == "scaled_l2_norm_pool" else ours.ScaledAvgPool2d
+                return {"": pool(spec.size)}, (*(n // spec.size for n in space), channels)
+            case L.ScaledGlobalPool():
+                need(bool(space), "there is no axis to pool over")
+                l2 = spec.type == "scaled_global_l2_norm_pool"
+                return {"": ours.ScaledGlobalL2NormPool2d() if l2 else ours.ScaledGlobalAvgPool2d()}, (channels,)
+            case L.Reshape():
+                need(math.prod(spec.shape) == math.prod(shape), f"{spec.shape} has another number of entries")
+                return {"": ours.Reshape(spec.shape)}, spec.shape
+            case L.Permute():
+                need(sorted(spec.dims) == list(range(1, len(shape) + 1)), f"dims {spec.dims} must hold each of 1 to {len(shape)} once")
+                return {"": ours.Permute(spec.dims)}, tuple(shape[d - 1] for d in spec.dims)
+            case L.Patches():
+                need(len(space) == 2, "it needs an image [H, W, C]")
+                need(not any(n % spec.size for n in space), f"patches of {spec.size} do not divide the image")
+                count = math.prod(n // spec.size for n in space)
+                return {"": ours.Patches(spec.size, channels_last=True)}, (count, spec.size**2 * channels)
+            case L.LossGradientClip():
+                return {"": ours.LossGradientClip(spec.norm)}, shape
         raise ConfigError(f"Layer type {spec.type!r} is not built by this backend.")
 
     @staticmethod
@@ -156,6 +214,19 @@ class Builder:
         module = layer(channels, spec.filters, k, r, padding, d, spec.groups, spec.bias)  # type: ignore[arg-type]
         return made | self.fused(module, spec.activation), (*out, spec.filters)
 
+    def spectral_conv(self, spec: L.SpectralConv, shape: Shape) -> tuple[dict[str, nn.Module], Shape]:
+        """A convolution with a certified operator norm."""
+        *space, channels = shape
+        n = int(spec.type.removesuffix("d")[-1])
+        need(len(space) == n, f"it needs {n} spatial axes")
+        k, r, d = (axes(value, n) for value in (spec.kernel_size, spec.strides, spec.dilation))
+        reach = [dd * (kk - 1) + 1 for kk, dd in zip(k, d, strict=True)]
+        out = [-(-s // rr) if spec.padding == "same" else (s - e) // rr + 1 for s, rr, e in zip(space, r, reach, strict=True)]
+        need(min(out) > 0, f"the kernel reaches over {reach} positions, the input has {space}")
+        layer: Any = (ours.SpectralConv1d, ours.SpectralConv2d)[n - 1]
+        module = layer(channels, spec.filters, k, r, spec.padding, d, spec.bias, **constraint(spec))
+        return {"": module}, (*out, spec.filters)
+
     def conv_transpose(self, spec: L.ConvTranspose, shape: Shape) -> tuple[dict[str, nn.Module], Shape]:
         """A transposed convolution; as in TensorFlow the output covers at least one stride per input position."""
         *space, channels = shape
@@ -167,6 +238,11 @@ class Builder:
         module = layer(channels, spec.filters, k, r, 0, extra, 1, spec.bias)  # type: ignore[arg-type]
         out = [(s - 1) * rr + kk + e for s, rr, kk, e in zip(space, r, k, extra, strict=True)]
         return self.fused(module, spec.activation), (*out, spec.filters)
+
+
+def constraint(spec: L.Constrained) -> dict[str, Any]:
+    """The arguments of a layer with a certified operator norm."""
+    return {"lipschitz": spec.lipschitz, "orthogonal": spec.orthogonal, "max_bias_norm": spec.max_bias_norm}
 
 
 def need(condition: bool, message: str) -> None:

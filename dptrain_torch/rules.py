@@ -19,7 +19,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dptrain.errors import UnsupportedModelError
-from dptrain.info import CONV, EMBEDDING, LINEAR, NORM
+from dptrain.info import BIAS, CONV, EMBEDDING, LINEAR, NORM
+from dptrain_torch.lipschitz import BoundedBias, SpectralConv1d, SpectralConv2d
+from dptrain_torch.own import example_axis
 from dptrain_torch.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, wide
 
 Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
@@ -86,6 +88,25 @@ def conv_uses(module: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
         return {"weight": ConvUse(g, a, *shape, tuple((n, n) for n in module.padding)), "bias": bias}
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return {"weight": ConvUse(a, g, *shape, conv_pads(module), mode), "bias": bias}
+
+
+def spectral_conv_uses(module: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
+    a, g = wide(a), wide(g)
+    weight = ConvUse(a, g, module.kernel_size, module.stride, module.dilation, 1, module.pads(a.shape[2:]))
+    return {"weight": weight, "bias": DirectUse(g.flatten(2).sum(2))}
+
+
+# --- bias -----------------------------------------------------------------------------------------------------------------
+
+
+def bias_facts(module: BoundedBias, a: Tensor, z: Tensor) -> Facts:
+    return {"positions": module.positions(z), "fan_in": 1, "fan_out": module.num_features}
+
+
+def bias_uses(module: BoundedBias, a: Tensor, g: Tensor) -> dict[str, Use]:
+    between = [axis for axis in range(1, g.dim()) if axis != example_axis(module.dim, g)]
+    total = wide(g).sum(between) if between else wide(g)
+    return {"bias": DirectUse(total / math.sqrt(module.positions(g)))}
 
 
 # --- embedding ------------------------------------------------------------------------------------------------------------
@@ -158,6 +179,7 @@ def norm_problem(module: Any) -> str | None:
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 _CONV = Rule(CONV, conv_facts, conv_uses)
+_SPECTRAL_CONV = Rule(CONV, conv_facts, spectral_conv_uses)
 RULES: Mapping[type[nn.Module], Rule] = {
     nn.Linear: Rule(LINEAR, linear_facts, linear_uses),
     nn.Conv1d: _CONV,
@@ -166,6 +188,9 @@ RULES: Mapping[type[nn.Module], Rule] = {
     nn.ConvTranspose1d: _CONV,
     nn.ConvTranspose2d: _CONV,
     nn.ConvTranspose3d: _CONV,
+    SpectralConv1d: _SPECTRAL_CONV,
+    SpectralConv2d: _SPECTRAL_CONV,
+    BoundedBias: Rule(BIAS, bias_facts, bias_uses),
     nn.Embedding: Rule(EMBEDDING, embedding_facts, embedding_uses, embedding_problem),
     nn.LayerNorm: Rule(NORM, norm_facts, layer_norm_uses),
     nn.RMSNorm: Rule(NORM, norm_facts, rms_norm_uses),

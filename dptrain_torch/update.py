@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from dptrain import projection
+from dptrain.info import Graph
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 from dptrain_torch.gradients import Grads, trainable, zeros_like
+from dptrain_torch.graph import assign, weights
 
 STATS = ("loss", "count", "clipped", "nonfinite")
 
@@ -33,13 +36,14 @@ def add(total: Grads, part: Grads) -> Grads:
         A new sum; the arguments stay as they are.
     """
     sums = {name: value + part.sums[name] for name, value in total.sums.items()}
-    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()})
+    counts = {name: value + total.counts.get(name, 0.0) for name, value in part.counts.items()}
+    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()}, counts)
 
 
 def reduce(total: Grads) -> Grads:
     """The sum over all workers: an all-reduce under ``torch.distributed``, the identity on one process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for value in total.sums.values():
+        for value in (*total.sums.values(), *total.counts.values()):
             torch.distributed.all_reduce(value)
     return total
 
@@ -51,7 +55,7 @@ def group_of_parameter(plan: Plan) -> dict[str, str]:
 
 
 def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
-    """Add Gaussian noise to the sum of every trainable parameter, used in this step or not.
+    """Add Gaussian noise to the sum of every trainable parameter, used in this step or not, and to every count.
 
     Args:
         total: the sum over the whole logical batch and all workers.
@@ -70,7 +74,11 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
         dtype = np.float64 if value.dtype == torch.float64 else np.float32
         drawn = torch.from_numpy(noise.normal(stream, tuple(value.shape), dtype)).to(value.device, value.dtype)
         sums[name] = value + stds[groups[name]] * drawn
-    return Grads(sums, total.stats)
+    counts = {}
+    if plan.count is not None:  # released in every step, an empty batch included
+        name = plan.count.name
+        counts[name] = total.counts.get(name, torch.zeros(())) + stds[name] * float(noise.normal(len(sums), (), np.float64))
+    return Grads(sums, total.stats, counts)
 
 
 def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, scale: float, learning_rate: float) -> None:
@@ -93,7 +101,29 @@ def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, s
         parameter.grad = None
 
 
-def project(model: nn.Module, plan: Plan) -> None:
-    """Restore the constraints that a proven bound rests on; clipping plans have none."""
-    if plan.project:
-        raise TypeError(f"strategy {plan.strategy!r} asks for a projection, and this model has no constrained layer")
+def project(model: nn.Module, plan: Plan) -> dict[str, float]:
+    """Restore the constraints that a proven bound rests on; clipping plans have none.
+
+    Args:
+        model: the model; its constrained weights are replaced.
+        plan: the plan, with its graph.
+    Returns:
+        Certificates of the new weights.
+    """
+    return constrain(model, plan.graph) if plan.project and plan.graph is not None else {}
+
+
+def constrain(model: nn.Module, graph: Graph, first: bool = False) -> dict[str, float]:
+    """Restore the constraints that a proven bound rests on.
+
+    Args:
+        model: the model; its constrained weights are replaced.
+        graph: its operations.
+        first: take more iterations, for weights that no projection has seen yet.
+    Returns:
+        Certificates of the new weights.
+    Source: ``dptrain/projection.py``, which does it for both frameworks.
+    """
+    done = projection.project(graph, weights(model, graph), first)
+    assign(model, done.weights)
+    return done.certificates

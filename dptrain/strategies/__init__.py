@@ -12,10 +12,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from dptrain.errors import ConfigError
 from dptrain.strategies.base import SensitivityStrategy
+from dptrain.strategies.clipless import Clipless
 from dptrain.strategies.clipping import Ghost, MixedGhost, PerSample
 from dptrain.strategies.non_private import NonPrivate
 
-StrategyConfig = Annotated[MixedGhost | Ghost | PerSample | NonPrivate, Field(discriminator="name")]
+StrategyConfig = Annotated[MixedGhost | Ghost | PerSample | Clipless | NonPrivate, Field(discriminator="name")]
 STRATEGIES: dict[str, type[Any]] = {cls.model_fields["name"].default: cls for cls in get_args(get_args(StrategyConfig)[0])}
 
 
@@ -43,4 +44,14 @@ def get_strategy(strategy: str | SensitivityStrategy, **settings: Any) -> Sensit
         raise ConfigError(explain(error, f"strategy {strategy!r}", raw)) from None
 
 
-__all__ = ["STRATEGIES", "Ghost", "MixedGhost", "NonPrivate", "PerSample", "SensitivityStrategy", "StrategyConfig", "get_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "Clipless",
+    "Ghost",
+    "MixedGhost",
+    "NonPrivate",
+    "PerSample",
+    "SensitivityStrategy",
+    "StrategyConfig",
+    "get_strategy",
+]

@@ -12,35 +12,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from dptrain.adaptive import AdaptiveClip, Positive, initial_clip
 from dptrain.clipping import ClippingName
 from dptrain.costs import Decision, Method, Timings, choose, has_ghost_norm
 from dptrain.errors import ConfigError
 from dptrain.info import LayerInfo, ModelInfo
 from dptrain.plan import Group, Plan
+from dptrain.strategies.base import Strategy
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 
-
-class Clipping(BaseModel):
+class Clipping(Strategy):
     """What the clipping strategies share.
 
     Args:
-        max_grad_norm: C, the joint L2 bound on one example's gradient over all groups.
+        max_grad_norm: C, the joint L2 bound on one example's gradient over all groups; fixed, or following a quantile.
         clipping: clipping function, ``abadi`` or ``automatic``.
         gamma: stability constant of ``automatic``.
         grouping: ``flat`` (one group), ``per_layer``, or named lists of layer-name patterns; a group's clipping norm is
             ``C / sqrt(K)``, so that the joint bound stays C.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive | AdaptiveClip = 1.0
     clipping: ClippingName = "abadi"
     gamma: Positive = 0.01
     grouping: Literal["flat", "per_layer"] | Mapping[str, tuple[str, ...]] = "flat"
+
+    @property
+    def adaptive(self) -> AdaptiveClip | None:
+        """The moving clipping norm, if it moves."""
+        return self.max_grad_norm if isinstance(self.max_grad_norm, AdaptiveClip) else None
 
     def method(self, layer: LayerInfo, decision: Decision, timings: Timings | None) -> Method:
         """How the norm of one layer is taken."""
@@ -60,9 +62,11 @@ class Clipping(BaseModel):
             if any(methods[name] != "ghost" for name in names):
                 methods.update(dict.fromkeys(names, "instantiate"))
         members = group_layers(info.layers, tied, self.grouping)
-        clip_norm = self.max_grad_norm / math.sqrt(len(members))
+        clip_norm = initial_clip(self.max_grad_norm) / math.sqrt(len(members))
         sizes = {layer.name: layer.num_params for layer in info.layers}
         groups = tuple(Group(name, layers, clip_norm, clip_norm, sum(sizes[layer] for layer in layers)) for name, layers in members.items())
+        if self.adaptive is not None:
+            groups += (self.adaptive.group(),)
         return Plan(str(getattr(self, "name", "clipping")), groups, methods, self.clipping, self.gamma, layers=info.layers)
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from dptrain.costs import Decision, Timings
 from dptrain.info import ModelInfo
 from dptrain.plan import Group, Plan
+from dptrain.strategies.base import Strategy
 
 
-class NonPrivate(BaseModel):
+class NonPrivate(Strategy):
     """Ordinary training. Its bound is infinite, so that no noise scale and no epsilon can be derived from it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["non_private"] = "non_private"
 
     def plan(self, info: ModelInfo, *, decision: Decision = "time", timings: Timings | None = None) -> Plan:

@@ -210,7 +210,7 @@ def test_doctor_tells_versions_devices_and_data(run, monkeypatch):
         "torch": {"usable": True, "devices": ["cpu"]},
         "tensorflow": {"usable": False, "reason": "no such library"},
     }
-    assert {row["name"] for row in found["data"]} == {"mnist_5k", "fashion_mnist", "cifar10", "digits", "npz", "callable"}
+    assert {row["name"] for row in found["data"]} == {"mnist_5k", "fashion_mnist", "cifar10", "digits", "adult", "npz", "callable"}
     code, text, _ = run("doctor")
     assert code == 0
     for word in ("cpu", "unusable: no such library", "fashion_mnist", dptrain.__version__):

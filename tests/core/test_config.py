@@ -232,7 +232,7 @@ BAD = [
     (layers(use_bias=True), "model.layers.1.use_bias is not a known key"),
     ({"model": {"name": "layers", "layers": [{"type": "residual", "body": [{**LAYER, "x": 1}]}]}}, "model.layers.0.body.0.x is not"),
     # names
-    ({"strategy": "gost"}, "strategy has no 'gost'; choose one of 'mixed_ghost', 'ghost', 'per_sample', 'non_private'"),
+    ({"strategy": "gost"}, "strategy has no 'gost'; choose one of 'mixed_ghost', 'ghost', 'per_sample', 'clipless', 'non_private'"),
     ({"strategy": {"name": 3}}, "strategy has no '3'; choose one of"),
     ({"strategy": None}, "strategy: Input should be a section of settings (got None)"),
     ({"model": "resnet"}, "model has no 'resnet'; choose one of 'mlp', 'cnn'"),
@@ -427,7 +427,7 @@ CONFIGS = st.fixed_dictionaries(
     },
     optional={
         "strategy": st.fixed_dictionaries(
-            {"name": st.sampled_from(sorted(set(STRATEGIES) - {"non_private"})), "max_grad_norm": POSITIVE},
+            {"name": st.sampled_from(sorted(set(STRATEGIES) - {"non_private", "clipless"})), "max_grad_norm": POSITIVE},
             optional={"grouping": st.dictionaries(st.text(max_size=5), st.lists(st.text(max_size=5), max_size=2), max_size=3)},
         ),
         "seed": st.integers(0, 2**63 - 1),

@@ -55,10 +55,10 @@ def joint(plan: Plan) -> float:
 
 
 def test_the_strategies_of_this_version():
-    assert sorted(STRATEGIES) == ["ghost", "mixed_ghost", "non_private", "per_sample"]
+    assert sorted(STRATEGIES) == ["clipless", "ghost", "mixed_ghost", "non_private", "per_sample"]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - {"clipless"}))  # which needs a graph: test_clipless.py
 def test_a_strategy_has_its_name_and_keeps_it_in_the_plan(name):
     strategy = get_strategy(name)
     assert strategy.name == name
@@ -68,7 +68,9 @@ def test_a_strategy_has_its_name_and_keeps_it_in_the_plan(name):
 
 
 def test_a_wrong_name_or_field_is_refused():
-    with pytest.raises(ConfigError, match=r"There is no strategy 'gost'; choose one of ghost, mixed_ghost, non_private, per_sample\."):
+    with pytest.raises(
+        ConfigError, match=r"There is no strategy 'gost'; choose one of clipless, ghost, mixed_ghost, non_private, per_sample\."
+    ):
         get_strategy("gost")
     with pytest.raises(ConfigError, match="strategy 'ghost': max_grad_norm: Input should be greater than 0"):
         get_strategy("ghost", max_grad_norm=0)
@@ -159,7 +161,7 @@ def test_costs_grow_with_the_layer():
     for cost in (ghost_cost, instantiate_cost):
         assert cost(linear("a", 8, 8, 8)) < min(cost(linear("a", 16, 8, 8)), cost(linear("a", 8, 16, 8)), cost(linear("a", 8, 8, 16)))
     assert gradient_size(linear("a", 5, 6, 7)) == 42
-    assert [has_ghost_norm(LayerInfo("a", kind, 1, 1, 1, 1)) for kind in KINDS] == [True, True, True, False, False]
+    assert [has_ghost_norm(LayerInfo("a", kind, 1, 1, 1, 1)) for kind in KINDS] == [True, True, True, False, False, False]
 
 
 # ---- groups and bounds ---------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def test_plans_of_equal_facts_are_equal():
     assert strategy.plan(MODEL) != strategy.plan(TIED)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - {"clipless"}))
 def test_printing_a_plan_explains_every_layer(name):
     plan = get_strategy(name, **({} if name == "non_private" else {"grouping": "per_layer"})).plan(MODEL)
     lines = str(plan).splitlines()

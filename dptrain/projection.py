@@ -1,0 +1,208 @@
+"""Restores the constraints of a Lipschitz network after an update, and certifies what it leaves: NumPy, the same in both frameworks.
+
+It runs outside the differentiated graph, so the gradient is that of the plain weight and the bounds of ``bounds.py`` are exact (pitfalls.md
+L5). Weights are post-processing of private releases; so are their certificates, which feed the bounds of the next step.
+
+    orthogonal   Bjorck iterations, X <- X (3 - X^T X) / 2, bring all singular values near each other (Anil, Lucas, Grosse 2019,
+                 arXiv:1811.05381); then the weight is scaled so that its certificate equals the radius
+    spectral     scaled down so that the certificate is at most the radius
+    frobenius    scaled to the Frobenius norm
+    rows         each output's row scaled to the norm
+    bias         scaled down to the radius
+
+Cost: one Gram matrix per weight serves the iterations, which run on the small side only, and for dense weights the certificate
+too. An update moves a weight little, so a few iterations per step suffice; the first call takes more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dptrain.certificates import MARGIN, SymbolGram, conv_gram, dominates, guessed, matrix_gram, normalised, overlap
+from dptrain.errors import RunError
+from dptrain.info import Graph, Node
+
+FIRST_ITERATIONS, ITERATIONS = 20, 2
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The outcome of a projection.
+
+    Args:
+        weights: identifier -> new value, for the parameters that changed.
+        certificates: ``node.role`` -> certified norm of the new values.
+    """
+
+    weights: dict[str, np.ndarray]
+    certificates: dict[str, float]
+
+
+def constrained(graph: Graph) -> dict[str, list[tuple[Node, str]]]:
+    """Identifier -> the nodes and roles that use it, for parameters whose norm a bound rests on."""
+    found: dict[str, list[tuple[Node, str]]] = {}
+    for node in graph.nodes:
+        for role, identifier in node.params.items():
+            if role in ("weight", "bias"):
+                found.setdefault(identifier, []).append((node, role))
+    return found
+
+
+def project(graph: Graph, weights: Arrays, first: bool = False) -> Projected:
+    """Restore every constraint of a model.
+
+    Args:
+        graph: the model.
+        weights: identifier -> array in the exchange layout, of every parameter in the graph.
+        first: take more iterations, for weights that no projection has seen yet.
+    Returns:
+        New weights in the dtype of the old, and their certificates.
+    Raises:
+        RunError: a weight is not finite, so that nothing can be certified.
+    Guarantee: every certificate bounds the norm of the returned array, after rounding to its dtype.
+    """
+    changed: dict[str, np.ndarray] = {}
+    certificates: dict[str, float] = {}
+    for identifier, uses in constrained(graph).items():
+        old = weights[identifier]
+        if not np.isfinite(old).all():
+            raise RunError(f"Parameter {identifier!r} is no longer finite, so its norm cannot be certified; lower the learning rate.")
+        kept = all(role in node.frozen for node, role in uses)
+        if uses[0][1] == "bias":
+            new, norms = _bias(old, uses, kept)
+        else:
+            new, norms = _weight(old, uses, kept, FIRST_ITERATIONS if first else ITERATIONS)
+        certificates |= norms
+        if not kept:
+            changed[identifier] = new.astype(old.dtype)
+    return Projected(changed, certificates)
+
+
+def certify(graph: Graph, weights: Arrays) -> dict[str, float]:
+    """Certificates of the weights as they are.
+
+    Args:
+        graph: the model.
+        weights: identifier -> array.
+    Returns:
+        ``node.role`` -> norm.
+    Raises:
+        RunError: a weight is not finite.
+    """
+    frozen = tuple(Node(n.name, n.kind, n.inputs, n.size, n.attrs, n.params, tuple(n.params)) for n in graph.nodes)
+    return project(Graph(frozen), weights).certificates
+
+
+def confirm(graph: Graph, weights: Arrays, claimed: Mapping[str, float]) -> dict[str, float]:
+    """Certificates of the weights as they are, keeping claimed ones that can be proven again.
+
+    Args:
+        graph: the model.
+        weights: identifier -> array.
+        claimed: ``node.role`` -> norm, such as a checkpoint stored.
+    Returns:
+        The claimed value where it is proven anew, else a fresh certificate.
+    """
+    fresh = certify(graph, weights)
+    for node in graph.nodes:
+        for role, identifier in node.params.items():
+            name = f"{node.name}.{role}"
+            if name in fresh and name in claimed and _holds(node, role, weights[identifier], claimed[name] / (1 + MARGIN / 2)):
+                fresh[name] = claimed[name]
+    return fresh
+
+
+def _holds(node: Node, role: str, weight: np.ndarray, bound: float) -> bool:
+    """Whether ``bound`` is proven to be above the norm of a weight."""
+    w, scale = normalised(weight)
+    if not (math.isfinite(bound) and bound >= 0):
+        return False
+    if role == "bias" or not scale:
+        return scale * float(np.linalg.norm(w)) <= bound
+    a = node.attrs
+    gram = conv_gram(w, a["space"], a["strides"], a["dilation"]) if node.kind == "conv" else matrix_gram(w.reshape(len(w), -1))
+    return dominates((bound / scale) ** 2 / gram.factor, gram.matrices)
+
+
+def _bias(old: np.ndarray, uses: list[tuple[Node, str]], kept: bool) -> tuple[np.ndarray, dict[str, float]]:
+    b, scale = normalised(old)
+    norm = scale * float(np.linalg.norm(b))
+    radius = math.inf if kept else min(bias_radius(node) for node, _ in uses)
+    factor = min(1.0, radius / norm) if norm else 1.0
+    return b * (scale * factor), {f"{node.name}.{role}": norm * factor * (1 + MARGIN) for node, role in uses}
+
+
+def bias_radius(node: Node) -> float:
+    """Largest norm of a node's bias."""
+    return float(node.attrs["radius"] if node.kind == "bias" else node.attrs["bias_radius"])
+
+
+def _weight(old: np.ndarray, uses: list[tuple[Node, str]], kept: bool, iterations: int) -> tuple[np.ndarray, dict[str, float]]:
+    """One weight: constrain it, bound it at every use, scale it to the smallest allowance."""
+    w, scale = normalised(old)
+    shape, constraints = w.shape, {str(node.attrs["constraint"]) for node, _ in uses}
+    rows = w.reshape(len(w), -1)
+    gram = None
+    if not kept and "orthogonal" in constraints and scale:
+        rows, gram = bjorck(rows, iterations)
+        scale = 1.0
+    if not kept and "rows" in constraints and scale:
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows, scale, gram = rows / np.where(norms > 0, norms, 1.0) * min(float(n.attrs["radius"]) for n, _ in uses), 1.0, None
+    w = rows.reshape(shape)
+    bounds = {f"{node.name}.{role}": _norm_bound(node, w, gram) for node, role in uses}  # of w, to be multiplied by scale
+    factor = scale
+    if not kept and scale:
+        allowed = [_allowance(node, w, bounds[f"{node.name}.{role}"]) for node, role in uses]
+        exact = bool(constraints & {"orthogonal", "frobenius"})  # these are scaled up as well as down
+        factor = min(allowed) if exact else min(scale, *allowed)
+    return w * factor, {name: factor * bound * (1 + MARGIN) for name, bound in bounds.items()}
+
+
+def _allowance(node: Node, w: np.ndarray, bound: float) -> float:
+    """The factor at which a weight of unit scale reaches its radius."""
+    radius, constraint = float(node.attrs["radius"]), node.attrs["constraint"]
+    if constraint == "rows":
+        return 1.0
+    size = float(np.linalg.norm(w)) if constraint == "frobenius" else bound
+    return radius / size if size else 1.0
+
+
+def _norm_bound(node: Node, w: np.ndarray, gram: np.ndarray | None) -> float:
+    """Operator norm of a node with weight ``w``, from above and without margin."""
+    if node.kind != "conv":
+        return (SymbolGram(gram[None]) if gram is not None else matrix_gram(w.reshape(len(w), -1))).norm_bound()
+    a = node.attrs
+    symbol = conv_gram(w, a["space"], a["strides"], a["dilation"])
+    torus = symbol.norm_bound()
+    if symbol.factor == 1.0:  # exact on the torus, and the reshaped kernel's bound is never below that
+        return torus
+    reshaped = (SymbolGram(gram[None]) if gram is not None else matrix_gram(w.reshape(len(w), -1))).norm_bound()
+    return min(torus, reshaped * math.sqrt(overlap(a["kernel"], a["strides"], a["dilation"])))
+
+
+def bjorck(w: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bring the singular values of a matrix near 1.
+
+    Args:
+        w: ``[p, D]``, not zero.
+        iterations: how many.
+    Returns:
+        The new matrix, and its Gram matrix on the smaller side.
+    Source: Bjorck and Bowie 1971; all iterations act on the Gram matrix ``G``: with ``Q = (3 - G) / 2``, ``X <- Q X`` and ``G <- Q G Q``.
+    """
+    wide = w.shape[0] <= w.shape[1]
+    gram = w @ w.T if wide else w.T @ w
+    top = guessed(gram[None])  # from below: enough here, because the iteration converges for singular values below sqrt(3)
+    gram = gram / top
+    eye, total = np.eye(len(gram)), np.eye(len(gram)) / math.sqrt(top)
+    for _ in range(iterations):
+        q = 1.5 * eye - 0.5 * gram
+        total, gram = total @ q, q @ gram @ q
+        gram = 0.5 * (gram + gram.T)
+    return (total @ w if wide else w @ total), gram
