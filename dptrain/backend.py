@@ -71,6 +71,10 @@ class Backend(Protocol):
         """Group -> largest per-sample gradient norm on a batch, and the plan's bound, for plans with proven bounds."""
         ...
 
+    def tightness(self, model: Model, x: np.ndarray, plan: Plan) -> Mapping[str, tuple[float, float]]:
+        """Group -> largest gradient norm found over inputs and loss gradients, and the plan's bound, for plans with proven bounds."""
+        ...
+
     def self_check(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
         """Refuse a model whose clipped sum would not be what it claims."""
         ...
@@ -127,6 +131,14 @@ class Backend(Protocol):
 
     def stats(self, grads: Grads) -> dict[str, float]:
         """Sums for the progress display. NOT private."""
+        ...
+
+    def group_norms(self, grads: Grads, plan: Plan) -> Mapping[str, float]:
+        """Group -> L2 norm of a gradient sum. NOT private before noise."""
+        ...
+
+    def predict(self, model: Model, x: np.ndarray) -> np.ndarray:
+        """Outputs of the model in inference mode."""
         ...
 
     def evaluate(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray) -> dict[str, float]:

@@ -208,7 +208,8 @@ def forward(graph: Graph, certificates: Certificates, input_bound: float | None 
             found[node.name] = LayerBound(math.inf if input_bound is None else input_bound, ())
             continue
         if node.kind not in RULES:
-            problems.append(f"layer {node.name!r}: there is no bound for operations of kind {node.kind!r}.")
+            if not graph.problems:
+                problems.append(f"layer {node.name!r}: there is no bound for operations of kind {node.kind!r}.")
             found[node.name] = LayerBound(math.inf, (math.inf,) * len(node.inputs))
             continue
         inputs = [found[name].output for name in node.inputs]

@@ -21,9 +21,11 @@ from dptrain.models import initial_weights
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 from dptrain.report import package_versions
-from dptrain_tf import engine, gradients, graph, losses, measure, models, update
+from dptrain_tf import attack, engine, gradients, graph, losses, measure, models, update
 from dptrain_tf.describe import describe
 from dptrain_tf.gradients import Batch, Grads
+
+CHUNK = 500  # examples per prediction
 
 
 class TensorFlowBackend:
@@ -91,6 +93,9 @@ class TensorFlowBackend:
 
     def attained(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
         return engine.attained(model, loss, self.tensor(x), self.tensor(y), plan)
+
+    def tightness(self, model: Any, x: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
+        return attack.tightness(model, self.tensor(x), plan)
 
     def self_check(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
         engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan)
@@ -163,14 +168,18 @@ class TensorFlowBackend:
     def stats(self, grads: Grads) -> dict[str, float]:
         return {name: float(value) for name, value in grads.stats.items()}
 
+    def group_norms(self, grads: Grads, plan: Plan) -> dict[str, float]:
+        return update.group_norms(grads, plan)
+
+    def predict(self, model: Any, x: np.ndarray) -> np.ndarray:
+        run = tf.function(lambda batch: model(batch, training=False), autograph=False)
+        return np.concatenate([run(self.tensor(x[i : i + CHUNK])).numpy() for i in range(0, len(x), CHUNK)])
+
     def evaluate(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-        size, total, outputs = 500, 0.0, []
-        predict = tf.function(lambda x: model(x, training=False), autograph=False)
-        for start in range(0, len(x), size):
-            output, target = predict(self.tensor(x[start : start + size])), self.tensor(y[start : start + size])
-            total += float(tf.reduce_sum(loss(target, output)))
-            outputs.append(output.numpy())
-        return {"loss": total / len(x), **classification_metrics(np.concatenate(outputs), y)}
+        outputs = self.predict(model, x)
+        parts = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
+        total = sum(float(tf.reduce_sum(loss(self.tensor(y[part]), self.tensor(outputs[part])))) for part in parts)
+        return {"loss": total / len(x), **classification_metrics(outputs, y)}
 
     def get_weights(self, model: Any) -> dict[str, np.ndarray]:
         return models.get_weights(model)

@@ -57,6 +57,15 @@ def group_of_parameter(plan: Plan) -> dict[str, str]:
     return {param: groups[layer.name] for layer in reversed(plan.layers) for param in layer.params}
 
 
+def group_norms(total: Grads, plan: Plan) -> dict[str, float]:
+    """Group -> L2 norm of a sum. NOT private before noise."""
+    groups, squares = group_of_parameter(plan), dict[str, Any]()
+    for name, value in total.sums.items():
+        group = groups[total.identifiers[name]]
+        squares[group] = squares.get(group, 0.0) + tf.reduce_sum(tf.square(tf.cast(value, tf.float64)))
+    return {name: float(square) ** 0.5 for name, square in squares.items()}
+
+
 def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
     """Add Gaussian noise to the sum of every trainable parameter, used in this step or not, and to every count. Not for ``tf.function``.
 

@@ -18,10 +18,11 @@ from dptrain.models import initial_weights
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 from dptrain.report import package_versions
-from dptrain_torch import engine, gradients, graph, losses, measure, models, update
+from dptrain_torch import attack, engine, gradients, graph, losses, measure, models, update
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Grads
 
+CHUNK = 500  # examples per prediction
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -84,6 +85,9 @@ class TorchBackend:
     def attained(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
         return engine.attained(model, loss, self.tensor(x), self.tensor(y), plan)
 
+    def tightness(self, model: nn.Module, x: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
+        return attack.tightness(model, self.tensor(x), plan)
+
     def self_check(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
         engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan)
 
@@ -136,19 +140,23 @@ class TorchBackend:
     def stats(self, grads: Grads) -> dict[str, float]:
         return {name: float(value) for name, value in grads.stats.items()}
 
-    def evaluate(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-        size, total, outputs = 500, 0.0, []
+    def group_norms(self, grads: Grads, plan: Plan) -> dict[str, float]:
+        return update.group_norms(grads, plan)
+
+    def predict(self, model: nn.Module, x: np.ndarray) -> np.ndarray:
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                for start in range(0, len(x), size):
-                    output, target = model(self.tensor(x[start : start + size])), self.tensor(y[start : start + size])
-                    total += float(loss(output, target).sum())
-                    outputs.append(output.cpu().numpy())
+                return np.concatenate([model(self.tensor(x[i : i + CHUNK])).cpu().numpy() for i in range(0, len(x), CHUNK)])
         finally:
             model.train(was_training)
-        return {"loss": total / len(x), **classification_metrics(np.concatenate(outputs), y)}
+
+    def evaluate(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        outputs = self.predict(model, x)
+        parts = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
+        total = sum(float(loss(self.tensor(outputs[part]), self.tensor(y[part])).sum()) for part in parts)
+        return {"loss": total / len(x), **classification_metrics(outputs, y)}
 
     def get_weights(self, model: nn.Module) -> dict[str, np.ndarray]:
         return models.get_weights(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,14 @@ def group_of_parameter(plan: Plan) -> dict[str, str]:
     """Parameter name -> group name."""
     groups = {layer: group.name for group in plan.groups for layer in group.layers}
     return {param: groups[layer.name] for layer in reversed(plan.layers) for param in layer.params}
+
+
+def group_norms(total: Grads, plan: Plan) -> dict[str, float]:
+    """Group -> L2 norm of a sum. NOT private before noise."""
+    groups, squares = group_of_parameter(plan), dict[str, Any]()
+    for name, value in total.sums.items():
+        squares[groups[name]] = squares.get(groups[name], 0.0) + value.double().square().sum()
+    return {name: float(square) ** 0.5 for name, square in squares.items()}
 
 
 def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:

@@ -1,9 +1,10 @@
-"""The Keras layers for ``clipless``: norms, ties, independence of examples, serialisation, graphs, ghost norms; and the losses."""
+"""The Keras layers for ``clipless``: norms, ties, independence of examples, serialisation, graphs, ghost norms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import torch
 
 import dptrain_tf as d
+from dptrain import layer_specs as L
 from dptrain.bounds import forward
 from dptrain.errors import ConfigError
-from dptrain.losses import LOSSES, LossConfig
 from dptrain.projection import certify, project
+from dptrain_tf import models
 from dptrain_tf.graph import assign, graph, weights
 from dptrain_tf.losses import get_loss
 from dptrain_tf.rules import rule_for
+from dptrain_torch import graph as torch_graph
+from dptrain_torch import models as torch_models
 
 KL = keras.layers
 Layer = Callable[..., Any]
@@ -57,6 +62,7 @@ LAYERS: dict[str, tuple[Layer, tuple[tuple[int, ...], ...]]] = {
     "max_pool_overlap": (lambda **k: KL.MaxPooling2D(3, 2, **k), ((5, 5, 2),)),
     "avg_pool_overlap": (lambda **k: KL.AveragePooling2D(3, 2, **k), ((5, 5, 2),)),
     "global_average": (lambda **k: KL.GlobalAveragePooling2D(**k), ((3, 2, 2),)),
+    "max_pool1d": (lambda **k: KL.MaxPooling1D(2, **k), ((5, 2),)),
     "relu": (lambda **k: KL.ReLU(**k), ((6,),)),
     "leaky_relu": (lambda **k: KL.LeakyReLU(0.3, **k), ((6,),)),
     **{
@@ -505,84 +511,76 @@ def test_a_model_with_its_own_training_is_walked() -> None:
     assert kinds(Own(x, d.SpectralDense(2)(x)), (4,)) == ["input", "linear"]
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- specifications -------------------------------------------------------------------------------------------------------
 
-PRIORS = {2: (0.85, 0.15), 4: (0.1, 0.2, 0.3, 0.4)}
-LOSS_ROWS = [
-    (LossConfig(name="cross_entropy"), 4, 0.99), (LossConfig(name="cross_entropy", temperature=7.0), 4, 0.99),
-    (LossConfig(name="binary_cross_entropy", temperature=3.0), 1, 0.99), (LossConfig(name="mean_absolute_error"), 3, 0.99),
-    (LossConfig(name="cosine_similarity", min_norm=0.5), 4, 0.99), (LossConfig(name="multiclass_hinge", margin=2.0), 4, 0.99),
-    (LossConfig(name="multiclass_hinge"), 1, 0.99), (LossConfig(name="kr"), 4, 0.99), (LossConfig(name="kr", priors=PRIORS[4]), 4, 0.99),
-    (LossConfig(name="kr", priors=PRIORS[2]), 1, 0.99), (LossConfig(name="hkr", alpha=3.0), 4, 0.99),
-    (LossConfig(name="hkr", priors=PRIORS[2], margin=0.5), 1, 0.99), (LossConfig(name="hkr", priors=PRIORS[2]), 2, 0.99),
-]  # fmt: skip
-
-
-def loss_gradient(loss: Any, y: Any, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and gradients."""
-    output = tf.constant(z)
-    with tf.GradientTape() as tape:
-        tape.watch(output)
-        values = loss(y, output)
-    assert values.shape == (len(z),)
-    return values.numpy(), tape.gradient(values, output).numpy()
-
-
-@pytest.mark.parametrize(("config", "k", "attained"), LOSS_ROWS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_loss_gradients_attain_and_never_exceed_the_constant(config: LossConfig, k: int, attained: float, dtype: str) -> None:
-    loss = get_loss(config, k)
-    constant = loss.lipschitz(k)
-    assert loss.config is config and constant == config.lipschitz(k) and constant is not None
-    z = np.concatenate([RNG.standard_normal((200, k)) * s for s in (0.0, 1e-20, 0.1, 1.0, 10.0, 1e3, 1e15, 1e30)])
-    z = np.concatenate([z, np.eye(k).repeat(3, 0) * np.tile([[30.0], [-30.0], [0.2]], (k, 1)), np.full((4, k), 0.5)]).astype(dtype)
-    largest = 0.0
-    for target in range(max(k, 2)):
-        y = np.full(len(z), target)
-        values = RNG.standard_normal(z.shape).astype(dtype) if LOSSES[config.name].targets == "values" else y
-        norms = np.linalg.norm(loss_gradient(loss, values, z)[1].astype("float64"), axis=1)
-        assert np.isfinite(norms).all() and norms.max() <= constant * (1 + 1e-6)
-        largest = max(largest, norms.max())
-    assert largest >= attained * constant
+CONV, POOL, ALL = "spectral_conv2d", "scaled_l2_norm_pool", "num_classes"
+SPECS: dict[str, tuple[tuple[int, ...], tuple[L.AnyLayer, ...]]] = {
+    "image": ((9, 9, 3), (
+        L.BoundedInput(norm=5.0), L.SpectralConv(type=CONV, filters=8, kernel_size=3, strides=2), L.BoundedBias(), L.GroupSort(size=4),
+        L.SpectralConv(type=CONV, filters=6, kernel_size=1, strides=2), L.Householder(), L.LayerCentering(), L.ScaledPool(type=POOL),
+        L.Flatten(), L.SpectralDense(units=ALL), L.LossGradientClip(norm=0.5),
+    )),
+    "dilated": ((8, 8, 3), (
+        L.BoundedInput(norm=5.0), L.SpectralConv(type=CONV, filters=8, kernel_size=3, padding="valid", dilation=2),
+        L.Activation(function="abs"), L.ScaledPool(type="scaled_avg_pool"),
+        L.Residual(mode="convex", body=(L.SpectralConv(type=CONV, filters=8, kernel_size=2), L.GroupSort(type="full_sort"))),
+        L.Pool(type="max_pool"), L.ScaledGlobalPool(type="scaled_global_l2_norm_pool"),
+        L.FrobeniusDense(units=ALL, disjoint_neurons=True),
+    )),
+    "residual": ((8, 8, 4), (
+        L.BoundedInput(norm=5.0),
+        L.Residual(
+            body=(L.SpectralConv(type=CONV, filters=8, kernel_size=3, strides=2),),
+            shortcut=(L.SpectralConv(type=CONV, name="down", filters=8, kernel_size=1, strides=2),),
+        ),
+        L.ScaledGlobalPool(type="scaled_global_avg_pool"), L.SpectralDense(units=6, bias=False, orthogonal=False, lipschitz=2.0),
+        L.Activation(function="softplus"), L.LayerCentering(), L.SpectralDense(units=ALL),
+    )),
+    "mixer": ((8, 8, 3), (
+        L.BoundedInput(norm=5.0), L.Patches(size=4), L.SpectralDense(units=6),
+        L.Residual(mode="convex", body=(
+            L.Permute(dims=(2, 1)), L.SpectralDense(units=8), L.GroupSort(), L.SpectralDense(units=4), L.Permute(dims=(2, 1)),
+        )),
+        L.LayerCentering(), L.Reshape(shape=(2, 2, 6)), L.BoundedBias(), L.GlobalAvgPool(), L.SpectralDense(units=ALL),
+    )),
+    "sequence": ((10, 4), (
+        L.BoundedInput(norm=5.0), L.SpectralConv(type="spectral_conv1d", filters=6, kernel_size=3, strides=3), L.Householder(),
+        L.BoundedBias(), L.ScaledGlobalPool(type="scaled_global_avg_pool"), L.SpectralDense(units=ALL),
+    )),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses_do_not_mix_examples_and_what_is_not_finite_has_no_gradient(name: str) -> None:
-    k = 1 if name == "binary_cross_entropy" else 3
-    loss = get_loss(name)
-    z = RNG.standard_normal((4, k)).astype("float32")
-    y: Any = RNG.standard_normal((4, k)).astype("float32") if LOSSES[name].targets == "values" else np.array([0, 1, 1, 0])
-    before = loss_gradient(loss, y, z)
-    for poison in (np.nan, np.inf, 3e38, 7.0):
-        z2 = z.copy()
-        z2[1] = poison
-        after = loss_gradient(loss, y, z2)
-        for old, new in zip(before, after, strict=True):
-            np.testing.assert_array_equal(new[[0, 2, 3]], old[[0, 2, 3]])
-        assert np.isfinite(after[1]).all() and (np.isfinite(after[0][1]) or (after[1][1] == 0).all())
-    y2 = y.copy()
-    y2[1] = 1 - y2[1] if y.ndim == 1 else np.nan
-    after = loss_gradient(loss, y2, z)
-    assert np.array_equal(after[1][[0, 2, 3]], before[1][[0, 2, 3]]) and np.isfinite(after[1]).all()
-    traced = tf.function(lambda y, z: loss(y, z), autograph=False, jit_compile=True)(tf.constant(y), tf.constant(z))
-    np.testing.assert_allclose(traced, before[0], rtol=1e-5)
+@pytest.mark.parametrize("name", SPECS)
+def test_a_specification_is_the_same_function_and_the_same_graph_as_in_torch(name: str) -> None:
+    shape, spec = SPECS[name]
+    ours, theirs = models.build(spec, shape, 3), torch_models.build(spec, shape, 3)
+    shapes = models.weight_shapes(ours)
+    assert shapes == torch_models.weight_shapes(theirs)
+    values = {key: 0.4 * RNG.standard_normal(size).astype("float32") for key, size in shapes.items()}
+    models.set_weights(ours, values)
+    torch_models.set_weights(theirs, values)
+    x = RNG.standard_normal((4, *shape)).astype("float32") * np.reshape([1.0, 0.0, 100.0, 1.0], (4, *[1] * len(shape))).astype("float32")
+    np.testing.assert_allclose(ours(x), theirs(torch.tensor(x)).detach(), rtol=1e-4, atol=1e-5)
+    one, two = graph(ours, x), torch_graph.graph(theirs, torch.tensor(x))
+    assert one.problems == two.problems == ()
+    assert [node for node in one.nodes if node.params] == [
+        replace(node, inputs=mine.inputs) for mine, node in zip(
+            [node for node in one.nodes if node.params], [node for node in two.nodes if node.params], strict=True
+        )
+    ]  # fmt: skip
+    same = [weights(ours, one), torch_graph.weights(theirs, two)]
+    assert list(same[0]) == list(same[1]) and all(np.array_equal(same[0][key], same[1][key]) for key in same[0])
 
 
-def test_values_of_losses() -> None:
-    z = np.array([[1.0, -2.0, 0.5]])
-    y = np.array([1])
-    assert float(get_loss("multiclass_hinge")(y, z)[0]) == pytest.approx((2 * 2.5 + 1.5 + 1.0) / 3)
-    assert float(get_loss("kr")(y, z)[0]) == pytest.approx((1.0 * 1.5 + 2.0 * 3 + 0.5 * 1.5) / 3)
-    assert float(get_loss("hkr")(y, z)[0]) == pytest.approx(2.75 + 10 * 7.5 / 3)
-    assert float(get_loss("cosine_similarity")(y, z)[0]) == pytest.approx(2.0 / math.sqrt(5.25))
-    assert float(get_loss(LossConfig(name="cosine_similarity", min_norm=10.0))(y, z)[0]) == pytest.approx(0.2)
-    tau = LossConfig(name="cross_entropy", temperature=2.0)
-    assert float(get_loss(tau)(y, z)[0]) == pytest.approx((np.log(np.exp(2 * z).sum()) + 4.0) / 2)
-    for shape in ((2,), (2, 1)):
-        one = np.reshape([0.3, -0.4], shape)
-        np.testing.assert_allclose(get_loss("multiclass_hinge")(np.array([1, 0]), one), [0.2, 0.1])
-        np.testing.assert_allclose(get_loss("kr")(np.array([1, 0]), one), [-0.6, -0.8])
-    with pytest.raises(ConfigError, match="no loss 'nothing'"):
-        get_loss("nothing")
-    with pytest.raises(ConfigError, match="3 classes"):
-        get_loss(LossConfig(name="kr", priors=(0.5, 0.5)), 3)
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (L.GroupSort(size=4), "do not divide 6 channels"), (L.Patches(size=3), "do not tile"), (L.Permute(dims=(1, 2)), "name each"),
+        (L.ScaledPool(type=POOL, size=9), "larger than the image"), (L.Reshape(shape=(5, 5)), "reshape"),
+        (L.SpectralConv(type=CONV, filters=2, kernel_size=9, padding="valid"), "the kernel reaches"),
+        (L.SpectralConv(type="spectral_conv1d", filters=2, kernel_size=3), "1 spatial axes"),
+    ],
+)  # fmt: skip
+def test_a_specification_that_does_not_fit_is_refused(layer: L.AnyLayer, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{layer.type}.*{words}|{words}"):
+        models.build((layer, L.Flatten(), L.SpectralDense(units=ALL)), (8, 8, 6), 3)

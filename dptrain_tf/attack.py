@@ -1,0 +1,93 @@
+"""How close one example can come to a proven bound: alternating maximisation over inputs and loss gradients.
+
+It finds lower bounds of the true sensitivity, so an attained norm above the claimed one would refute a proof, and the ratio of the
+two says how much noise a bound wastes. No data are used: the inputs are found, within the norm that the model admits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from dptrain.info import Graph
+from dptrain.plan import Plan
+from dptrain_tf.gradients import identifiers, trainable
+from dptrain_tf.hooks import find_units
+from dptrain_tf.update import group_of_parameter
+
+
+def input_norm(graph: Graph | None) -> float:
+    """The norm down to which the model itself scales its input."""
+    norms = [float(node.attrs["norm"]) for node in graph.nodes if node.kind == "bounded_input"] if graph else []
+    return norms[0] if norms else 1.0
+
+
+def starts(shape: tuple[int, ...], dtype: Any, restarts: int) -> list[Tensor]:
+    """A constant input, a positive one, and random ones, as batches of one."""
+    draws = [tf.ones((1, *shape), dtype), tf.abs(tf.random.stateless_normal((1, *shape), [0, 0], dtype=dtype))]
+    return draws + [tf.random.stateless_normal((1, *shape), [0, i + 1], dtype=dtype) for i in range(restarts)]
+
+
+def to_norm(v: Tensor, norm: float) -> Tensor:
+    """A tensor scaled to a norm; zero stays zero."""
+    size = tf.norm(v)
+    return v * tf.cast(norm, v.dtype) / tf.where(size > 0, size, tf.ones_like(size))
+
+
+def ascend(model: Any, variables: list[Any], x: Tensor, norms: tuple[float, float], iterations: int) -> float:
+    """Largest gradient norm met from one starting point.
+
+    Args:
+        model: the model.
+        variables: those whose joint gradient is maximised.
+        x: an input ``[1, ...]``.
+        norms: of the input, and of the cotangent at the output.
+        iterations: steps; each replaces input and cotangent by the direction in which the squared norm grows, which is a power
+            iteration wherever the network is linear.
+    Returns:
+        The norm.
+    """
+    values = [v.value for v in variables]
+
+    @tf.function(autograph=False, reduce_retracing=False)
+    def step(x: Tensor, cotangent: Tensor) -> Any:
+        with tf.GradientTape() as outer:
+            outer.watch([x, cotangent])
+            with tf.GradientTape() as inner:
+                output = tf.reduce_sum(model(x, training=False) * cotangent)
+            gradients = inner.gradient(output, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            square = tf.add_n([tf.reduce_sum(tf.square(g)) for g in gradients])
+        return square, outer.gradient(square, [x, cotangent], unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+    best, x = 0.0, to_norm(x, norms[0])
+    output = model(x, training=False)
+    cotangent = to_norm(tf.random.stateless_normal(output.shape, [1, 1], dtype=output.dtype), norms[1])
+    for _ in range(iterations):
+        square, (dx, dc) = step(x, cotangent)
+        best = max(best, float(square) ** 0.5)
+        x = to_norm(dx if bool(tf.reduce_any(dx != 0)) else x, norms[0])
+        cotangent = to_norm(dc if bool(tf.reduce_any(dc != 0)) else cotangent, norms[1])
+    return best
+
+
+def tightness(model: Any, x: Tensor, plan: Plan, *, restarts: int = 2, iterations: int = 15) -> dict[str, tuple[float, float]]:
+    """Largest gradient norm found, beside the proven bound.
+
+    Args:
+        model: the model of the plan; left as it was.
+        x: a batch, for its shape.
+        plan: a plan of ``clipless``.
+        restarts: random starting points beside the fixed ones.
+        iterations: steps from each.
+    Returns:
+        Group -> attained, claimed. About synthetic inputs, hence not about anyone's data.
+    """
+    groups, parameters, found = group_of_parameter(plan), trainable(model), dict[str, tuple[float, float]]()
+    names, norms = identifiers(find_units(model)), (input_norm(plan.graph), float(plan.loss_clip or 0.0))
+    for group in plan.gradient_groups:
+        members = [v for name, v in parameters.items() if groups[names[name]] == group.name]
+        attained = max(ascend(model, members, start, norms, iterations) for start in starts(tuple(x.shape[1:]), x.dtype, restarts))
+        found[group.name] = (attained, group.norm_bound)
+    return found
