@@ -2,7 +2,8 @@
 
     python -m benchmarks.case --backend torch --model cnn --strategy mixed_ghost --batch 64
 
-Prints one JSON line. A step is all that training does after the batch is drawn: transfer, clipped sum, noise, update.
+Prints one JSON line. A step is all that training does after the batch is drawn: transfer, sum, noise, update, projection. With
+``--only plain`` or ``--only private`` one of the two runs alone, so that the process's peak memory is its own.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ PARSER.add_argument("--pairs", type=int, default=15)
 PARSER.add_argument("--threads", type=int, default=2)
 PARSER.add_argument("--decision", default="time")
 PARSER.add_argument("--gradients", default="book_keeping")
+PARSER.add_argument("--only", default="both", choices=["both", "plain", "private"])
+PARSER.add_argument("--compile", default="auto", choices=["auto", "true", "false"])
 
 
 def make_step(args: argparse.Namespace, strategy: str, data: Any) -> Any:
     """A step function over the whole data set as one physical batch."""
     from accounting import PrivacyLedger
     from dptrain.config import TrainConfig
+    from dptrain.inforce import PlanInForce
     from dptrain.mechanism import GaussianMechanism, release_event
     from dptrain.randomness import NOISE, SAMPLING, RandomKey
     from dptrain.sampling import PoissonSampler
@@ -43,19 +47,26 @@ def make_step(args: argparse.Namespace, strategy: str, data: Any) -> Any:
             "strategy": strategy,
             "privacy": {"noise_multiplier": 1.0},
             "sampling": {"sample_rate": 1.0, "steps": 1},
-            "performance": {"physical_batch_size": args.batch, "decision": args.decision, "gradients": args.gradients},
+            "performance": {
+                "physical_batch_size": args.batch,
+                "decision": args.decision,
+                "gradients": args.gradients,
+                "compile": {"true": True, "false": False}.get(args.compile, "auto"),
+            },
         }
     )
     setup = prepare(config, args.backend, data)
-    release = None
+    release = in_force = None
     if setup.plan.private:
-        stds = GaussianMechanism(1.0).stds(setup.plan)
+        mechanism, relation = GaussianMechanism(1.0), config.privacy.relation
+        in_force = PlanInForce(config.strategy, setup.info, setup.plan, mechanism, relation, args.batch)
+        stds = mechanism.stds(setup.plan)
         release = Release(stds, release_event(setup.plan, stds, 1.0), RandomKey.make(NOISE), PrivacyLedger(None))
     optimizer = setup.backend.build_optimizer(config.optimizer, setup.model)
     sampler = PoissonSampler(args.batch, 1.0, RandomKey.make(SAMPLING))
     step = TrainingStep(
         setup.backend, setup.model, setup.loss, optimizer, setup.plan, sampler, data.x_train, data.y_train,
-        args.batch, lambda t: 1e-3, 0, release, args.gradients == "two_pass",
+        args.batch, lambda t: 1e-3, 0, release, args.gradients == "two_pass", in_force if in_force and in_force.moves else None,
     )  # fmt: skip
     count = iter(range(10**9))
 
@@ -81,7 +92,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((args.batch, args.size, args.size, 3)).astype(np.float32)
     data = from_arrays(x, rng.integers(0, 10, args.batch), num_classes=10)
-    plain, private = make_step(args, "non_private", data), make_step(args, args.strategy, data)
+    plain = make_step(args, "non_private", data) if args.only != "private" else lambda: 1.0
+    private = make_step(args, args.strategy, data) if args.only != "plain" else lambda: 1.0
     for _ in range(3):
         plain(), private()
     pairs = [(plain(), private()) for _ in range(args.pairs)]

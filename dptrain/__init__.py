@@ -12,6 +12,7 @@ from dptrain.errors import ConfigError, DataError, DptrainError, RunError, Unsup
 from dptrain.info import LayerInfo, ModelInfo
 from dptrain.mechanism import GaussianMechanism
 from dptrain.plan import Group, Plan
+from dptrain.robustness import Robustness, certify
 from dptrain.sampling import PoissonSampler
 from dptrain.strategies import STRATEGIES, get_strategy
 from dptrain.trainer import TrainResult, plan, train
@@ -33,11 +34,13 @@ __all__ = [
     "Plan",
     "PoissonSampler",
     "Privacy",
+    "Robustness",
     "RunError",
     "Sampling",
     "TrainConfig",
     "TrainResult",
     "UnsupportedModelError",
+    "certify",
     "get_strategy",
     "plan",
     "train",

@@ -27,8 +27,8 @@ from itertools import product
 import numpy as np
 
 MARGIN = 1e-5
-# Work, in units of n^3 per matrix, up to which all eigenvalues are computed; beyond, a Cholesky test is cheaper.
-EXACT_WORK = 1.2e6
+# Work n^3 up to which all eigenvalues of a matrix are computed, and of a stack of them; beyond, a Cholesky test is much cheaper.
+EXACT_WORK, EXACT_STACK = 1.2e6, 1e5
 # Grid points per axis and degree of the symbol's polynomial, where the torus has more.
 POINTS_PER_DEGREE = 8
 GUESSES = (1e-4, 1e-3, 1e-2, 5e-2)
@@ -143,7 +143,7 @@ def largest_eigenvalue(matrices: np.ndarray) -> float:
     if peak == 0.0:
         return 0.0
     scaled = matrices / peak
-    if count * n**3 <= EXACT_WORK:
+    if count * n**3 <= (EXACT_WORK if count == 1 else EXACT_STACK):
         return peak * float(np.linalg.eigvalsh(scaled)[:, -1].max()) * (1 + 1e-12)
     guess = lanczos(scaled[0]) if count == 1 else guessed(scaled)
     reach = np.sqrt(np.einsum("fij,fij->f", scaled, scaled.conj()).real)  # the Frobenius norm: above the largest eigenvalue

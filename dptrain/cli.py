@@ -71,10 +71,16 @@ def fresh_directory(stem: str, backend: str) -> Path:
 
 
 @app.command()
-def plan(config: ConfigPath, backend: BackendName = "torch", set_: Overrides = []) -> None:  # noqa: B006
+def plan(
+    config: ConfigPath,
+    backend: BackendName = "torch",
+    set_: Overrides = [],  # noqa: B006
+    tightness: Annotated[bool, typer.Option("--tightness", help="Attack every proven bound and show what of it is attained.")] = False,
+) -> None:
     """Show what would be done to each layer, and the noise, without training."""
     from dptrain.backend import preload
     from dptrain.config import TrainConfig
+    from dptrain.errors import ConfigError
     from dptrain.mechanism import GaussianMechanism, release_event
     from dptrain.tables import plan_table, render
     from dptrain.trainer import noise_multiplier, prepare
@@ -85,8 +91,14 @@ def plan(config: ConfigPath, backend: BackendName = "torch", set_: Overrides = [
     stds = None
     if setup.plan.private:
         sigma = noise_multiplier(loaded, setup.sample_rate, setup.num_steps)
-        stds = GaussianMechanism(sigma, loaded.privacy.allocation).stds(setup.plan, loaded.privacy.relation)
-    typer.echo(render(plan_table(setup.plan, stds)))
+        mechanism = GaussianMechanism(sigma, loaded.privacy.allocation, loaded.privacy.noise_weights)
+        stds = mechanism.stds(setup.plan, loaded.privacy.relation)
+    found = None
+    if tightness:
+        if setup.plan.loss_clip is None:
+            raise ConfigError(f"--tightness attacks proven bounds, and strategy {setup.plan.strategy} enforces its bound; use clipless.")
+        found = setup.backend.tightness(setup.model, setup.data.x_train[:1], setup.plan)
+    typer.echo(render(plan_table(setup.plan, stds, found)))
     typer.echo(f"N = {len(setup.data.x_train)}, sample rate {setup.sample_rate:.6g}, {setup.num_steps} steps")
     if stds is not None:
         event = release_event(setup.plan, stds, setup.sample_rate, loaded.privacy.relation)
@@ -161,6 +173,40 @@ def calibrate(
         f"({relation}, Poisson sampling, accountant {accountant})"
     )
     emit(values, sentence, as_json)
+
+
+@app.command()
+def certify(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    radius: Annotated[list[float], typer.Option("--radius", help="L2 radius in the input's own units; repeatable.")] = [
+        0.1,
+        0.25,
+        0.5,
+        1.0,
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the certified radius of every test prediction as CSV.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Certified robustness of a run's Lipschitz network on the test split; NOT private with respect to it."""
+    from dptrain.backend import preload
+    from dptrain.config import TrainConfig
+    from dptrain.robustness import certify_run
+    from dptrain.rundir import read_json
+
+    preload(str(read_json(directory / "run.json").get("backend")), TrainConfig.load(directory / "config.yaml").performance)
+    found = certify_run(directory, [0.0, *radius])
+    if out is not None:
+        rows = "".join(f"{i},{r:.9g}\n" for i, r in enumerate(found.radii))
+        out.write_text("example,certified_radius\n" + rows)
+    values = {
+        "lipschitz": found.lipschitz, "input_scale": found.input_scale, "examples": len(found.radii), "private": False,
+        "certified_accuracy": {f"{r:g}": value for r, value in found.accuracy.items()},
+    }  # fmt: skip
+    lines = [
+        f"accuracy {found.accuracy[0.0]:.4f} on {len(found.radii)} test examples (not private), Lipschitz constant {found.lipschitz:.6g}"
+    ]
+    lines += [f"certified accuracy at L2 radius {r:g}: {value:.4f}" for r, value in found.accuracy.items() if r]
+    emit(values, "\n".join(lines), as_json)
 
 
 @app.command()

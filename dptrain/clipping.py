@@ -40,18 +40,18 @@ def automatic(norm: Any, clip_norm: float, gamma: float, maximum: Maximum) -> An
 CLIPPING_FUNCTIONS: dict[str, Callable[[Any, float, float, Maximum], Any]] = {"abadi": abadi, "automatic": automatic}
 
 
-def clip_weight(name: str, norm: Any, clip_norm: float | None, gamma: float, maximum: Maximum = max) -> Any:
+def clip_weight(name: str, norm: Any, clip_norm: Any, gamma: float, maximum: Maximum = max) -> Any:
     """The weight of examples whose gradient has the given norm.
 
     Args:
         name: a name in ``CLIPPING_FUNCTIONS``.
         norm: L2 norm of the example's gradient in the group; a float or an array ``[B]``.
-        clip_norm: the group's clipping norm C; None means a proven bound, hence weight 1; infinity means weight 1 too.
+        clip_norm: the group's clipping norm C, a number or a scalar of the array type in hand; None means a proven bound, hence weight 1; infinity means weight 1 too.
         gamma: stability constant of ``automatic``.
         maximum: elementwise maximum of the array type in hand.
     Returns:
         Weights, of the type of ``norm``.
     """
-    if clip_norm is None or clip_norm == float("inf"):
+    if clip_norm is None or (isinstance(clip_norm, float) and clip_norm == float("inf")):
         return norm * 0.0 + 1.0
     return CLIPPING_FUNCTIONS[name](norm, clip_norm, gamma, maximum)

@@ -36,7 +36,7 @@ Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
 NAMED_PARTS = ("model", "data", "strategy", "optimizer", "loss")  # ``strategy: ghost`` stands for ``strategy: {name: ghost}``
 
 
-LATER_SETTINGS = (("privacy", "noise_weights"), ("performance", "check_bounds"))
+LATER_SETTINGS = (("privacy", "noise_weights"), ("performance", "check_bounds"), ("performance", "monitors"))
 
 
 class Part(BaseModel):
@@ -202,6 +202,7 @@ class Performance(Part):
         precision: ``float32`` or ``float64``.
         device: ``auto``, ``cpu``, ``cuda`` or another name the framework knows.
         check_bounds: compare proven bounds with the per-sample gradient norms of synthetic examples, before and after training.
+        monitors: log, for each group and step, how much of its proven or clipped bound the summed gradient uses; NOT private.
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations on the test split; 0 evaluates at the end only.
     """
@@ -213,6 +214,7 @@ class Performance(Part):
     precision: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     check_bounds: StrictBool = False
+    monitors: StrictBool = False
     checkpoint_every: PositiveInt = 25
     evaluate_every: NonNegativeInt = 0
 

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from dptrain import layer_specs as L
+from dptrain.errors import ConfigError
 from dptrain.layer_specs import ActivationName, AnyLayer, Positive, PositiveInt, Rate
 
 
@@ -341,8 +342,22 @@ class Layers(ModelSpec):
         return self.layers
 
 
+class Given(ModelSpec):
+    """No specification: a native model is passed to ``train`` or ``plan``."""
+
+    name: Literal["given"] = "given"
+
+    def expand(self, input_shape: tuple[int, ...]) -> tuple[AnyLayer, ...]:
+        """There is nothing to expand.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("model 'given' stands for a native model: pass it as train(config, model=...), or name a specification.")
+
+
 ModelConfig = Annotated[
-    MLP | CNN | ResNet18GN | TransformerEncoder | ViTTiny | LipschitzMLP | LipschitzCNN | LipschitzResNet | LipschitzMixer | Layers,
+    MLP | CNN | ResNet18GN | TransformerEncoder | ViTTiny | LipschitzMLP | LipschitzCNN | LipschitzResNet | LipschitzMixer | Layers | Given,
     Field(discriminator="name"),
 ]
 

@@ -65,6 +65,7 @@ class TrainingStep:
         release: noise and record; None only for a plan that claims no bound.
         two_pass: see ``performance.gradients``.
         in_force: plan and noise of the next step, where they move; None where the first ones serve throughout.
+        monitor: called with group -> norm of the sum over ``count * bound``, before noise; NOT private.
     """
 
     backend: Backend
@@ -81,6 +82,7 @@ class TrainingStep:
     release: Release | None
     two_pass: bool = False
     in_force: PlanInForce | None = None
+    monitor: Callable[[Mapping[str, float]], None] | None = None
 
     def __post_init__(self) -> None:
         if (self.release is None) == self.plan.private:
@@ -111,6 +113,9 @@ class TrainingStep:
             batch = backend.batch(self.x[part], self.y[part], mask, *factor)
             total = backend.add(total, self._sum(batch))  # type: ignore[attr-defined]
         total = backend.reduce(total)
+        if self.monitor is not None:
+            norms, count = backend.group_norms(total, plan), max(1, len(indices))
+            self.monitor({group.name: norms.get(group.name, 0.0) / (count * group.norm_bound) for group in plan.gradient_groups})
         if self.release is not None:
             stds = moving.stds if moving else self.release.stds
             total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step))

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from dptrain.plan import Plan
 
 
-def plan_table(plan: Plan, stds: Mapping[str, float] | None = None) -> Any:
+def plan_table(plan: Plan, stds: Mapping[str, float] | None = None, attained: Mapping[str, tuple[float, float]] | None = None) -> Any:
     """The explanation of a plan as a rich table.
 
     Args:
         plan: the plan.
         stds: noise standard deviation per group, added as a column where known.
+        attained: group -> largest gradient norm that an attack found, and the bound; added as columns where known.
     Returns:
         A ``rich.table.Table``.
     """
@@ -32,12 +33,19 @@ def plan_table(plan: Plan, stds: Mapping[str, float] | None = None) -> Any:
     table.add_column("bound", justify="right")
     if stds is not None:
         table.add_column("noise std", justify="right")
+    if attained is not None:
+        for name in ("attained", "tightness"):
+            table.add_column(name, justify="right")
     for layer in plan.layers:
         group = plan.group_of(layer.name)
         row = [layer.name, layer.kind, str(layer.calls)]
         row += [f"{n:,}" for n in (layer.positions, layer.fan_in, layer.fan_out, layer.num_params)]
         row += [plan.norms[layer.name], group.name, f"{group.norm_bound:.6g}"]
-        table.add_row(*row, *([f"{stds[group.name]:.6g}"] if stds is not None else []))
+        row += [f"{stds[group.name]:.6g}"] if stds is not None else []
+        if attained is not None:
+            found, claimed = attained[group.name]
+            row += [f"{found:.6g}", f"{found / claimed:.3f}"]
+        table.add_row(*row)
     total = sum(layer.num_params for layer in plan.layers)
     table.caption = f"{len(plan.layers)} layers, {total:,} trainable parameters, {len(plan.groups)} group(s)"
     return table

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,21 +15,18 @@ from typing import Any
 import numpy as np
 
 from accounting import AccountingError, SampledGaussian, calibrate_noise_multiplier, get_accountant
-from dptrain.backend import Backend, get_backend
 from dptrain.checkpoint import Checkpoint, atomic_write, save_arrays, write_json
 from dptrain.config import TrainConfig
-from dptrain.data import Dataset, load, validate
-from dptrain.errors import ConfigError, DataError, RunError, UnsupportedModelError
-from dptrain.info import ModelInfo
+from dptrain.data import Dataset
+from dptrain.errors import ConfigError, RunError
 from dptrain.inforce import PlanInForce
-from dptrain.layer_specs import AnyLayer, Embedding
-from dptrain.losses import LOSSES
-from dptrain.mechanism import FLOAT_MARGIN, GaussianMechanism, event_noise_multiplier, noise_multiplier_for, release_event
+from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
 from dptrain.report import privacy_statement
 from dptrain.rundir import RunDirectory
 from dptrain.sampling import PoissonSampler
+from dptrain.setup import Setup, check_bounds, prepare
 from dptrain.step import Release, TrainingStep
 
 
@@ -82,148 +79,6 @@ class TrainResult:
         return None if value is None else float(value)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Everything a run is made of before its first step: built by ``prepare``, without spending anything."""
-
-    config: TrainConfig
-    backend: Backend
-    data: Dataset
-    model: Any
-    loss: Any
-    plan: Plan
-    sample_rate: float
-    num_steps: int
-    info: ModelInfo = field(default_factory=lambda: ModelInfo(()))
-
-
-def num_outputs(config: TrainConfig, data: Dataset) -> int:
-    """Width of the model's last layer, from public facts.
-
-    Raises:
-        DataError: the targets do not fit the loss.
-    """
-    info = LOSSES[config.loss.name]
-    if info.targets == "values":
-        if data.num_classes is not None:
-            raise DataError(f"loss {info.name} needs float targets, and data {data.name!r} has class labels; use cross_entropy.")
-        return int(np.prod(data.y_train.shape[1:], dtype=int)) if data.y_train.ndim > 1 else 1
-    if data.num_classes is None:
-        raise DataError(f"loss {info.name} needs class labels, and data {data.name!r} has float targets; use mean_squared_error.")
-    if info.binary:
-        if data.num_classes != 2:
-            raise DataError(f"loss binary_cross_entropy needs 2 classes, and data {data.name!r} has {data.num_classes}; use cross_entropy.")
-        return 1
-    return data.num_classes
-
-
-def check_tokens(layers: tuple[AnyLayer, ...], data: Dataset) -> None:
-    """Refuse integer inputs that the model's embedding has no row for, before training (pitfalls.md G29)."""
-    tables = [layer.vocabulary for layer in layers if isinstance(layer, Embedding)]
-    integers = np.issubdtype(data.x_train.dtype, np.integer)
-    if integers != bool(tables):
-        kind = "token ids" if integers else "real numbers"
-        raise DataError(
-            f"data {data.name!r} holds {kind}, and the model starts {'with' if tables else 'without'} an embedding; "
-            "choose a model that fits."
-        )
-    for split, x in (("training", data.x_train), ("test", data.x_test)):
-        if tables and x.size and (x.min() < 0 or x.max() >= tables[0]):
-            raise DataError(f"the {split} split of data {data.name!r} has token ids outside 0..{tables[0] - 1}; raise model.vocabulary.")
-
-
-def probe(data: Dataset, count: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Synthetic examples with the data's shapes, for planning and the self-check; no real example is touched.
-
-    Args:
-        data: shapes and types.
-        count: examples.
-    Returns:
-        Inputs and targets.
-    """
-    rng = np.random.default_rng(0)
-    shape = (count, *data.input_shape)
-    if np.issubdtype(data.x_train.dtype, np.integer):
-        x = rng.integers(0, 2, shape).astype(data.x_train.dtype)
-    else:
-        x = rng.standard_normal(shape).astype(data.x_train.dtype)
-    if data.num_classes is not None:
-        return x, (np.arange(count) % data.num_classes).astype(data.y_train.dtype)
-    return x, rng.standard_normal((count, *data.y_train.shape[1:])).astype(data.y_train.dtype)
-
-
-def prepare(config: TrainConfig, backend: str = "torch", data: Dataset | None = None) -> Setup:
-    """Data, model, self-check and plan of a run; raises whatever is wrong with them before anything is spent.
-
-    Args:
-        config: the run.
-        backend: ``torch`` or ``tensorflow``.
-        data: a data set in place of the config's.
-    Returns:
-        The parts.
-    Raises:
-        DptrainError: bad data, model or settings.
-    """
-    if data is None:
-        c = config.data
-        data = load(c.name, path=c.path, download=c.download, source=c.source, num_classes=c.num_classes, limit=c.limit)
-    else:
-        validate(data)
-    count = len(data.x_train)
-    rate, steps = config.sampling.rate(count), config.sampling.num_steps(count)
-    outputs = num_outputs(config, data)
-    check_tokens(config.model.expand(data.input_shape), data)
-    executor = get_backend(backend, config.performance)
-    model = executor.build_model(config, data.input_shape, outputs)
-    loss = executor.build_loss(config.loss, outputs)
-    x, y = probe(data)
-    info = describe(executor, model, config, x, outputs)
-    timings = None
-    if config.performance.decision == "measured" and config.strategy.name == "mixed_ghost":
-        batch = config.performance.physical_batch_size
-        timings = executor.time_norms(model, loss, *probe(data, batch))
-    plan = config.strategy.plan(info, decision=config.performance.decision, timings=timings)
-    if plan.private:
-        executor.self_check(model, loss, x, y, plan)
-    setup = Setup(config, executor, data, model, loss, plan, rate, steps, info)
-    if config.performance.check_bounds:
-        check_bounds(setup, plan)
-    return setup
-
-
-def describe(executor: Backend, model: Any, config: TrainConfig, x: np.ndarray, outputs: int) -> ModelInfo:
-    """The facts a strategy asks for; where it proves bounds, after the model's constraints have been restored for the first time.
-
-    Raises:
-        UnsupportedModelError: lists every layer that cannot be handled, or has no bound.
-    """
-    info = executor.describe(model, x)
-    if not config.strategy.proves:
-        return info
-    graph = executor.graph(model, x)
-    if graph.problems:
-        raise UnsupportedModelError(graph.problems)
-    try:
-        lipschitz = config.loss.lipschitz(outputs)
-    except ValueError as error:
-        raise ConfigError(f"{error}.") from None
-    return replace(info, graph=graph, certificates=executor.constrain(model, graph), loss_lipschitz=lipschitz)
-
-
-def check_bounds(setup: Setup, plan: Plan) -> None:
-    """Compare proven bounds with per-sample gradient norms on a synthetic batch; the option ``performance.check_bounds``.
-
-    Raises:
-        UnsupportedModelError: a norm exceeds its bound, which would be an error of ours.
-    """
-    x, y = probe(setup.data, setup.config.performance.physical_batch_size)
-    for name, (attained, bound) in setup.backend.attained(setup.model, setup.loss, x, y, plan).items():
-        if not attained <= bound * (1 + FLOAT_MARGIN):
-            raise UnsupportedModelError(
-                [f"group {name!r} reaches a gradient norm of {attained:.6g} over its bound {bound:.6g}; report this."]
-            )
-
-
 def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int) -> float:
     """The given noise multiplier, or the one calibrated to the target, before rounding is paid for.
 
@@ -247,6 +102,7 @@ def train(
     *,
     out: str | Path | None = None,
     data: Dataset | None = None,
+    model: Any = None,
     progress: Callable[[Progress], None] | None = None,
     on_start: Callable[[Setup, Mapping[str, float] | None, int], None] | None = None,
 ) -> TrainResult:
@@ -257,6 +113,7 @@ def train(
         backend: ``torch`` or ``tensorflow``.
         out: run directory; resumed if it holds an unfinished run of the same config, backend and data. None writes nothing.
         data: a data set in place of the config's.
+        model: a native model in place of the config's: any torch module, or a Keras model that is built.
         progress: called after each step.
         on_start: called once with the parts, the noise standard deviations and the first step.
     Returns:
@@ -267,7 +124,7 @@ def train(
     Guarantee: the trained weights, and every checkpoint, are post-processing of the releases in the ledger, from which alone the
         stated epsilon is computed.
     """
-    setup = prepare(config, backend, data)
+    setup = prepare(config, backend, data, model)
     # Before the directory exists, so that a budget out of reach leaves nothing behind.
     sigma = noise_multiplier(config, setup.sample_rate, setup.num_steps) if setup.plan.private else None
     facts = {"num_examples": len(setup.data.x_train), "num_steps": setup.num_steps, "sample_rate": setup.sample_rate}
@@ -284,6 +141,7 @@ class Loop:
         self.stds: dict[str, float] | None = None
         self.in_force: PlanInForce | None = None
         self.bounds: dict[str, np.ndarray] = {}
+        self.used: dict[str, float] = {}  # group -> part of its bound that the last sum used, NOT private
         self.optimizer = self.backend.build_optimizer(self.config.optimizer, setup.model)
         self.start = self._restore()
         seed = self.config.privacy.unsafe_seed
@@ -297,6 +155,7 @@ class Loop:
             self.backend, setup.model, setup.loss, self.optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train,
             self.config.performance.physical_batch_size, lambda t: self.config.optimizer.rate_at(t, setup.num_steps),
             self.config.seed, release, self.config.performance.gradients == "two_pass", self.in_force,
+            self.used.update if self.config.performance.monitors else None,
         )  # fmt: skip
 
     def _restore(self) -> int:
@@ -375,7 +234,8 @@ class Loop:
             count = stats["count"]
             loss = stats["loss"] / count if count else float("nan")
             epsilon = meter(last=done == steps.stop) if setup.plan.private and progress else None
-            self.run_dir.log(step=done, train_loss=loss if count else None, private=False, epsilon=epsilon, seconds=round(took, 6))
+            used = {"gradient_to_bound": dict(self.used)} if self.used else {}
+            self.run_dir.log(step=done, train_loss=loss if count else None, private=False, epsilon=epsilon, seconds=round(took, 6), **used)
             if progress:
                 progress(Progress(done, setup.num_steps, loss, epsilon, count / took))
             if done % performance.checkpoint_every == 0 or self.stop.is_set():
@@ -465,17 +325,18 @@ def interruptible() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def plan(config: TrainConfig, backend: str = "torch", *, data: Dataset | None = None) -> Plan:
+def plan(config: TrainConfig, backend: str = "torch", *, data: Dataset | None = None, model: Any = None) -> Plan:
     """The plan of a run, without training: print it.
 
     Args:
         config: the run.
         backend: ``torch`` or ``tensorflow``.
         data: a data set in place of the config's.
+        model: a native model in place of the config's.
     Returns:
         The plan.
     """
-    return prepare(config, backend, data).plan
+    return prepare(config, backend, data, model).plan
 
 
 __all__ = ["ConfigError", "Progress", "Setup", "TrainResult", "plan", "prepare", "train"]

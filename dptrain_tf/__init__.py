@@ -5,8 +5,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the import: TensorFlow greets on stderr otherwise
 
 from dptrain_tf.describe import describe
-from dptrain_tf.engine import clipped_sum, make_plan, per_sample_norms, self_check
+from dptrain_tf.engine import check_bounds, clipped_sum, make_plan, per_sample_norms, project, self_check
 from dptrain_tf.lipschitz import *  # noqa: F403
 from dptrain_tf.lipschitz import __all__ as _layers
 
-__all__ = [*_layers, "clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check"]
+__all__ = [*_layers, "check_bounds", "clipped_sum", "describe", "make_plan", "per_sample_norms", "project", "self_check"]

@@ -22,7 +22,8 @@ from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
 from dptrain_tf.hooks import Call, Tap, Unit, find_units, trainable
-from dptrain_tf.rules import generic_uses
+from dptrain_tf.lipschitz import LossGradientClip
+from dptrain_tf.rules import children, generic_uses
 from dptrain_tf.uses import ConvUse, DirectUse, Use, ghost_norm, per_example, square_sum
 
 Loss = Callable[[Any, Any], Tensor]
@@ -241,6 +242,8 @@ def bounded_sum(
         return proven_sum(model, loss, batch, plan, training=training)
     if not plan.needs_norms:
         return plain_sum(model, loss, batch, training=training)
+    if two_pass:
+        refuse_two_pass(model)
     units, size = find_units(model, training), batch_size(batch.x)
     known = {layer.name for layer in plan.layers}
     if known != {unit.name for unit in units}:
@@ -336,6 +339,18 @@ def check_output(output: Any, batch: int) -> None:
     if not tf.is_tensor(output) or output.shape.rank == 0 or output.shape[0] != batch:
         shape = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
         raise UnsupportedModelError([f"the model returned {shape} for a batch of {batch}; strategy clipless needs one tensor [B, ...]."])
+
+
+def refuse_two_pass(model: Any) -> None:
+    """A second pass runs backwards through the model with weighted losses, and a clip inside it is not linear in them.
+
+    Raises:
+        UnsupportedModelError: the model clips cotangents itself.
+    """
+    if any(isinstance(part, LossGradientClip) for part in children(model)):
+        raise UnsupportedModelError(
+            ["LossGradientClip scales cotangents, so two_pass would not be bounded; use gradients: book_keeping, or remove the layer."]
+        )
 
 
 def second_pass(

@@ -1,7 +1,7 @@
 """The torch backend of dptrain, its API for users with a model of their own, and layers to compose models from."""
 
 from dptrain_torch.describe import describe
-from dptrain_torch.engine import clipped_sum, make_plan, per_sample_norms, self_check
+from dptrain_torch.engine import check_bounds, clipped_sum, make_plan, per_sample_norms, project, self_check
 from dptrain_torch.layers import (
     Abs,
     BoundedBias,
@@ -41,5 +41,6 @@ __all__ = [
     "LayerCentering", "LossGradientClip", "MaxPool2d", "MixerBlock", "Patches", "Permute", "Reshape", "Residual",
     "ScaledAveragePooling2D", "ScaledAvgPool2d", "ScaledGlobalAveragePooling2D", "ScaledGlobalAvgPool2d", "ScaledGlobalL2NormPool2d",
     "ScaledGlobalL2NormPooling2D", "ScaledL2NormPool2d", "ScaledL2NormPooling2D", "SpectralConv1D", "SpectralConv1d", "SpectralConv2D",
-    "SpectralConv2d", "SpectralDense", "SpectralLinear", "clipped_sum", "describe", "make_plan", "per_sample_norms", "self_check",
+    "SpectralConv2d", "SpectralDense", "SpectralLinear", "check_bounds", "clipped_sum", "describe", "make_plan", "per_sample_norms",
+    "project", "self_check",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
 from dptrain_torch.hooks import Call, Tap, find_units
+from dptrain_torch.lipschitz import LossGradientClip
 from dptrain_torch.rules import generic_uses
 from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example, square_sum
 
@@ -220,6 +221,8 @@ def bounded_sum(
         return proven_sum(model, loss, batch, plan)
     if not plan.needs_norms:
         return plain_sum(model, loss, batch)
+    if two_pass:
+        refuse_two_pass(model)
     units, size = find_units(model), batch_size(batch.x)
     known = {layer.name for layer in plan.layers}
     if known != {unit.name for unit in units}:
@@ -316,6 +319,18 @@ def check_output(output: Any, batch: int) -> None:
 def column(w: Tensor, like: Tensor) -> Tensor:
     """``[B]`` shaped to multiply ``[B, ...]``."""
     return w.view(-1, *[1] * (like.dim() - 1))
+
+
+def refuse_two_pass(model: nn.Module) -> None:
+    """A second pass runs backwards through the model with weighted losses, and a clip inside it is not linear in them.
+
+    Raises:
+        UnsupportedModelError: the model clips cotangents itself.
+    """
+    if any(isinstance(part, LossGradientClip) for part in model.modules()):
+        raise UnsupportedModelError(
+            ["LossGradientClip scales cotangents, so two_pass would not be bounded; use gradients: book_keeping, or remove the layer."]
+        )
 
 
 def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str]) -> dict[str, Tensor]:

@@ -44,12 +44,12 @@ def fixed(layer: Any, remedy: str, **pairs: tuple[Any, tuple[Any, ...]]) -> None
 class DPLayer:
     """What the layers here share; first of two base classes.
 
-    Bounds are not methods of layers, as ``backpropagate_params`` and its kin are in LipDP: they are proven from the graph of the whole model
-    in ``dptrain/bounds.py``. A class of your own gets no bound by inheriting from this one.
+    Bounds are not methods of layers, as ``backpropagate_params`` and its kin are in LipDP: ``dptrain/bounds.py`` proves them from the graph
+    of the whole model. A class of your own gets no bound by inheriting from this one.
     """
 
     nm_coef: float = 1.0
-    renamed: Mapping[str, str] = {}  # setting of the base class -> argument here; "" for one that is no argument here
+    renamed: tuple[tuple[str, str], ...] = ()  # setting of the base class, argument here; "" for one that is no argument here
 
     def has_parameters(self) -> bool:
         """Whether the layer, once built, has something to train."""
@@ -57,7 +57,8 @@ class DPLayer:
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        config = {self.renamed.get(name, name): value for name, value in super().get_config().items()}  # type: ignore[misc]
+        names = dict(self.renamed)
+        config = {names.get(name, name): value for name, value in super().get_config().items()}  # type: ignore[misc]
         config.pop("", None)
         return config | ({"nm_coef": self.nm_coef} if self.nm_coef != 1.0 else {})
 
@@ -80,7 +81,7 @@ class DP_BoundedInput(DPLayer, ours.BoundedInput):
         kwargs: name and the like.
     """
 
-    renamed = {"norm": "upper_bound"}
+    renamed = (("norm", "upper_bound"),)
 
     def __init__(self, upper_bound: float, input_shape: Sequence[int] | None = None, enforce_clipping: bool = True, **kwargs: Any) -> None:
         fixed(self, "an input that may exceed its bound voids every bound after it", enforce_clipping=(enforce_clipping, (True,)))
@@ -130,7 +131,7 @@ class DP_SpectralDense(DPLayer, ours.SpectralDense):
         kwargs: ``orthogonal``, ``max_bias_norm``, and further arguments of ``keras.layers.Dense``.
     """
 
-    renamed = {"lipschitz": "k_coef_lip"}
+    renamed = (("lipschitz", "k_coef_lip"),)
 
     def __init__(
         self,
@@ -162,7 +163,7 @@ class DP_QuickFrobeniusDense(DPLayer, ours.FrobeniusDense):
         kwargs: ``disjoint_neurons``, ``max_bias_norm``, and further arguments of ``keras.layers.Dense``.
     """
 
-    renamed = {"norm": "k_coef_lip"}
+    renamed = (("norm", "k_coef_lip"),)
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class DP_QuickFrobeniusDense(DPLayer, ours.FrobeniusDense):
 class _Conv2D(DPLayer, ours.SpectralConv2D):
     """What both convolutions share."""
 
-    renamed = {"lipschitz": "k_coef_lip"}
+    renamed = (("lipschitz", "k_coef_lip"),)
     default_padding = "valid"
 
     def __init__(
@@ -243,7 +244,7 @@ class DP_AddBias(DPLayer, ours.BoundedBias):
         kwargs: name and the like.
     """
 
-    renamed = {"max_norm": "norm_max"}
+    renamed = (("max_norm", "norm_max"),)
 
     def __init__(self, norm_max: float, nm_coef: float = 1.0, **kwargs: Any) -> None:
         super().__init__(float(norm_max), **kwargs)
@@ -309,7 +310,7 @@ class DP_MaxPool2D(DPLayer, KL.MaxPooling2D):
 class _Pool(DPLayer):
     """Scaled pooling over disjoint windows; first of two base classes."""
 
-    renamed = {"eps": "eps_grad_sqrt"}
+    renamed = (("eps", "eps_grad_sqrt"),)
 
     def __init__(
         self,
@@ -364,7 +365,7 @@ class DP_ScaledGlobalL2NormPooling2D(DPLayer, ours.ScaledGlobalL2NormPool2d):
         kwargs: ``eps_grad_sqrt``, name and the like.
     """
 
-    renamed = {"eps": "eps_grad_sqrt"}
+    renamed = (("eps", "eps_grad_sqrt"),)
 
     def __init__(self, data_format: str | None = None, k_coef_lip: float = 1.0, **kwargs: Any) -> None:
         fixed(self, "put DP_Permute before it", data_format=(data_format, ("channels_last", None)))
@@ -401,7 +402,7 @@ class DP_LayerCentering(DPLayer, ours.LayerCentering):
         kwargs: name and the like; ``scale`` must be False and ``center`` True.
     """
 
-    renamed = {"axis": ""}
+    renamed = (("axis", ""),)
 
     def __init__(self, pixelwise: bool = False, channelwise: bool = True, **kwargs: Any) -> None:
         scale, center = kwargs.pop("scale", False), kwargs.pop("center", True)
@@ -467,11 +468,11 @@ class DP_ClipGradient(DPLayer, ours.LossGradientClip):
         kwargs: name and the like.
     """
 
-    renamed = {"norm": ""}
+    renamed = (("norm", ""),)
 
     def __init__(self, clip_value: float | None, mode: str = "fixed", **kwargs: Any) -> None:
         if mode not in ("fixed", "dynamic"):
-            refuse(self, f"has the modes 'fixed' and 'dynamic', not {mode!r}; the private quantile of 'dynamic' takes the place of the others")
+            refuse(self, f"has the modes 'fixed' and 'dynamic', not {mode!r}; in place of others use 'dynamic', a private quantile")
         if clip_value is None and mode == "fixed":
             refuse(self, "needs a clip_value in mode 'fixed'; give one")
         if clip_value is not None:

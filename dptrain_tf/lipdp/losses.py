@@ -1,8 +1,8 @@
 # ruff: noqa: N801, N803 -- the names of LipDP
 """LipDP's losses by their names: the per-example losses of ``dptrain_tf.losses`` as Keras losses.
 
-``get_L`` is the true constant of one example's loss in that example's output. Training takes one value per example, sums, and divides by the
-expected batch size, whatever ``reduction`` says; ``evaluate`` shows the mean. Targets are one-hot or integer labels.
+``get_L`` is the true constant of one example's loss in that example's output. Training takes one value per example, sums, and divides by
+the expected batch size, whatever ``reduction`` says; ``evaluate`` shows the mean. Targets are one-hot or integer labels.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DP_Loss(keras.losses.Loss):
         if y.ndim == 2 and y.shape[1] > 1:
             hot = y.shape[1] == num_outputs and bool(((y == 0) | (y == 1)).all() and (y.sum(axis=1) == 1).all())
             if not hot:
-                raise DataError(f"Targets of shape {y.shape} are not one-hot over {num_outputs} outputs; give integer labels or one-hot rows.")
+                raise DataError(f"Targets of shape {y.shape} are not one-hot over {num_outputs} outputs; give labels or one-hot rows.")
             y = y.argmax(axis=1)
         y = y.reshape(-1)
         if not np.isfinite(y).all() or not (y == np.floor(y)).all() or y.min(initial=0) < 0 or y.max(initial=0) >= max(2, num_outputs):

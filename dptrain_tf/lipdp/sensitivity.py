@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dptrain.errors import ConfigError
-from dptrain_tf.lipdp.model import get_eps_delta
+from dptrain_tf.lipdp.session import Session
 
 
 def get_max_epochs(epsilon_max: float, model: Any, epochs_max: int | None = 1024, safe: bool = True, atol: float = 1e-2) -> int:
@@ -21,7 +21,7 @@ def get_max_epochs(epsilon_max: float, model: Any, epochs_max: int | None = 1024
         Epochs, possibly 0.
     Raises:
         ConfigError: ``safe`` is False, or the model is not compiled.
-    Guarantee: the epsilon of ``get_eps_delta(model, result)`` was computed and is at most ``epsilon_max``. The cost of a moving clip is in it,
+    Guarantee: the epsilon of the ledger and these epochs was computed and is at most ``epsilon_max``. The cost of a moving clip is in it,
         since the count is part of every step's one event (pitfalls.md L14).
     """
     del atol
@@ -30,8 +30,11 @@ def get_max_epochs(epsilon_max: float, model: Any, epochs_max: int | None = 1024
     if epochs_max is not None and epochs_max < 0:
         raise ConfigError(f"epochs_max must not be negative, and is {epochs_max}.")
 
+    session: Session = model._session
+    event = session.facts().event
+
     def affordable(epochs: int) -> bool:
-        return get_eps_delta(model, epochs)[0] <= epsilon_max
+        return session.epsilon(((event, epochs * session.metadata.steps),)) <= epsilon_max
 
     if not affordable(0):
         return 0

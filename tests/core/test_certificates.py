@@ -139,7 +139,8 @@ def test_power_iteration_alone_would_be_below() -> None:
 
 @pytest.mark.parametrize("way", ["exact", "cholesky", "gram iteration"])
 def test_every_way_is_from_above(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(c, "EXACT_WORK", math.inf if way == "exact" else 0)
+    for name in ("EXACT_WORK", "EXACT_STACK"):
+        monkeypatch.setattr(c, name, math.inf if way == "exact" else 0)
     monkeypatch.setattr(c, "GUESSES", () if way == "gram iteration" else c.GUESSES)
     rng = np.random.default_rng(1)
     for n, spread in ((1, 1.0), (4, 1.0), (30, 1.0), (30, 0.0)):
