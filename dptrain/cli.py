@@ -178,12 +178,7 @@ def calibrate(
 @app.command()
 def certify(
     directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
-    radius: Annotated[list[float], typer.Option("--radius", help="L2 radius in the input's own units; repeatable.")] = [
-        0.1,
-        0.25,
-        0.5,
-        1.0,
-    ],
+    radius: Annotated[list[float], typer.Option(help="L2 radius in the input's own units; repeatable.")] = [0.1, 0.25, 0.5, 1.0],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Write the certified radius of every test prediction as CSV.")] = None,
     as_json: AsJson = False,
 ) -> None:

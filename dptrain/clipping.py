@@ -46,7 +46,8 @@ def clip_weight(name: str, norm: Any, clip_norm: Any, gamma: float, maximum: Max
     Args:
         name: a name in ``CLIPPING_FUNCTIONS``.
         norm: L2 norm of the example's gradient in the group; a float or an array ``[B]``.
-        clip_norm: the group's clipping norm C, a number or a scalar of the array type in hand; None means a proven bound, hence weight 1; infinity means weight 1 too.
+        clip_norm: the group's clipping norm C, a number or a scalar of the array type in hand; None means a proven bound, hence
+            weight 1; infinity means weight 1 too.
         gamma: stability constant of ``automatic``.
         maximum: elementwise maximum of the array type in hand.
     Returns:

@@ -15,7 +15,8 @@ from dptrain.losses import SETTINGS, LossConfig, loss_config
 
 def rows(x: Tensor, like: Tensor) -> Tensor:
     """``[B, ...]`` as ``[B, n]``, in the type of another tensor."""
-    return tf.reshape(tf.cast(x, like.dtype), [like.shape[0], -1])
+    batch = tf.shape(like)[0] if like.shape[0] is None else like.shape[0]  # unknown in Keras' own evaluate
+    return tf.reshape(tf.cast(x, like.dtype), [batch, -1])
 
 
 def labels(y: Tensor) -> Tensor:

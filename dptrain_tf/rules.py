@@ -10,6 +10,7 @@ import math
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import keras
@@ -311,7 +312,19 @@ def inherits(layer: Any, cls: type) -> bool:
     """Whether a layer computes what its base class does: nothing that ``call`` may run is overridden, in a subclass or on the object."""
     between = type(layer).__mro__[: type(layer).__mro__.index(cls)]
     changed = {name for c in between for name in vars(c) if hasattr(cls, name)} - HARMLESS - set(vars(object))
-    return not changed - set(vars(type("plain", (cls,), {}))) and "call" not in layer.__dict__
+    return not changed - names_of_a_subclass(cls) and "call" not in layer.__dict__
+
+
+@lru_cache(maxsize=None)
+def names_of_a_subclass(cls: type) -> frozenset[str]:
+    """What Keras gives every subclass of a layer by itself.
+
+    The class is kept alive until its names are read: it is in a cycle, and the garbage collector would empty it.
+    """
+    plain = type("plain", (cls,), {})
+    names = frozenset(vars(plain))
+    del plain
+    return names
 
 
 def role_of(layer: Any, variable: Any) -> str | None:

@@ -370,6 +370,11 @@ def graph(model: nn.Module, x: Any) -> Graph:
             problems.append(f"{shown}: {sentence}.")
     if _has_any_global_hook():
         problems.append("layer 'model': hooks are registered for all modules, which may change what they compute; remove them.")
+    problems += [
+        f"parameter {name!r} has dtype {p.dtype}, whose rounding no bound covers; use float32."
+        for name, p in model.named_parameters()
+        if p.dtype not in (torch.float32, torch.float64)
+    ]
     if problems:
         return Graph((), tuple(problems))
     shown = f"layer 'model' ({type(model).__name__})"

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dptrain_tf import layers as FL
+from dptrain_torch import layers as TL
+
 KL = keras.layers
 BATCH, CLASSES = 4, 3
 
@@ -292,6 +295,12 @@ CASES: list[Case] = [
     simple("prelu, slow method", (4, 4, 2), lambda: [nn.Conv2d(2, 3, 3), nn.PReLU(3)], lambda: [KL.Conv2D(3, 3, **D64), KL.PReLU(**D64)], (2, 4, 4)),
     simple("einsum dense", (3, 5), None, lambda: [KL.EinsumDense("abc,cde->abde", (3, 2, 3), bias_axes="de", **D64)]),
     simple("nested models", (4,), lambda: [nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 3)))], lambda: [keras.Sequential([KL.Dense(3, **D64), keras.Sequential([KL.Dense(3, activation="tanh", **D64)])])]),
+    simple("spectral dense and sorting", (3, 6), lambda: [TL.SpectralLinear(6, 4), TL.GroupSort(dim=-1)], lambda: [FL.SpectralDense(4, **D64), FL.GroupSort(dtype="float64")]),
+    simple("spectral conv2d same stride", (7, 6, 3), lambda: [TL.SpectralConv2d(3, 4, 3, 2, "same"), TL.ScaledL2NormPool2d()], lambda: [FL.SpectralConv2D(4, 3, 2, "same", **D64), FL.ScaledL2NormPool2d(**D64)], (3, 7, 6)),
+    simple("spectral conv1d dilation", (9, 3), lambda: [TL.SpectralConv1d(3, 4, 3, dilation=2), TL.FullSort()], lambda: [FL.SpectralConv1D(4, 3, dilation_rate=2, **D64), FL.FullSort(**D64)], (3, 9)),
+    simple("bounded bias", (4, 4, 3), lambda: [TL.BoundedBias(3), nn.Tanh()], lambda: [FL.BoundedBias(**D64), KL.Activation("tanh", **D64)], (3, 4, 4)),
+    simple("householder, slow method", (4, 4), lambda: [TL.Householder(4, dim=-1), nn.Tanh()], lambda: [FL.Householder(**D64), KL.Activation("tanh", **D64)]),
+    simple("residual of spectral layers", (5,), lambda: [TL.Residual(TL.FrobeniusLinear(5, 5), TL.Abs(), mode="convex")], lambda: [FL.Residual([FL.FrobeniusDense(5, **D64), FL.Abs(**D64)], mode="convex", **D64)]),
     Case("layer called three times", (8, 8, 2), seeded(CalledThrice), keras_called_thrice, (2, 8, 8)),
     Case("tied embedding and output", (5,), seeded(Tied), None, tokens=7),
     Case("broadcast position ids", (6,), seeded(Positions), None, tokens=9),

@@ -216,21 +216,21 @@ def test_a_moving_clip_is_paid_from_the_same_multiplier() -> None:
     """The planner is asked before the callback exists, as in LipDP's experiments, and is right all the same (L14)."""
     model = make(L.DP_ClipGradient(None, mode="dynamic"))
     epochs, before = get_max_epochs(3.0, model), model._session.facts()
-    adaptive = AdaptiveQuantileClipping(ds_train=None, patience=1, noise_multiplier=20.0, quantile=0.2, learning_rate=30.0)
+    adaptive = AdaptiveQuantileClipping(ds_train=None, patience=1, noise_multiplier=3.0, quantile=0.2, learning_rate=3.0)
     adaptive.set_model(model)
     said: list[Any] = []
     model.fit(X, Y, epochs=2, callbacks=[adaptive, DP_Accountant(said.append, verbose=False)], verbose=0)
     facts = model._session.facts()
     assert facts.event == before.event == model.ledger.events[0][0] and get_max_epochs(3.0, model) == epochs - 2
     clip = facts.strategy.loss_gradient_clip
-    assert isinstance(clip, AdaptiveClip) and clip.initial == pytest.approx(math.sqrt(2)) and clip.learning_rate == pytest.approx(10.0)
+    assert isinstance(clip, AdaptiveClip) and clip.initial == pytest.approx(math.sqrt(2)) and clip.learning_rate == pytest.approx(1.0)
     stds, count = facts.mechanism.stds(facts.plan), facts.plan.count
-    assert count is not None and stds[count.name] / 0.5 >= 20.0  # the count has the noise it was given, and so has every layer
+    assert count is not None and stds[count.name] / 0.5 >= 3.0  # the count has the noise it was given, and so has every layer
     assert all(stds[g.name] >= 4.0 * g.norm_bound for g in facts.plan.gradient_groups)
     assert said[0]["clipping_value"] < math.sqrt(2)
     scale = model._session.in_force.scale
     model.fit(X, Y, epochs=1, steps_per_epoch=1, verbose=0)
-    assert 0.1 < model._session.in_force.scale / scale < 10  # it goes on from where it was
+    assert 0.4 < model._session.in_force.scale / scale < 1.3  # it goes on from where it was
 
 
 def test_a_smaller_clip_cuts_the_noise_in_proportion() -> None:

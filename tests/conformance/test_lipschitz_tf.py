@@ -22,7 +22,7 @@ from dptrain.projection import certify, project
 from dptrain_tf import models
 from dptrain_tf.graph import assign, graph, weights
 from dptrain_tf.losses import get_loss
-from dptrain_tf.rules import rule_for
+from dptrain_tf.rules import inherits, names_of_a_subclass, rule_for
 from dptrain_torch import graph as torch_graph
 from dptrain_torch import models as torch_models
 
@@ -584,3 +584,21 @@ def test_a_specification_is_the_same_function_and_the_same_graph_as_in_torch(nam
 def test_a_specification_that_does_not_fit_is_refused(layer: L.AnyLayer, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"{layer.type}.*{words}|{words}"):
         models.build((layer, L.Flatten(), L.SpectralDense(units=ALL)), (8, 8, 6), 3)
+
+
+def test_a_subclass_keeps_its_rule_while_garbage_is_collected() -> None:
+    """A temporary class whose names were read was once emptied by the collector in between, so that rules were lost at random."""
+    import gc
+
+    class Mine(d.SpectralDense):
+        """Adds nothing."""
+
+    layer = Mine(4)
+    layer.build((None, 3))
+    before = gc.get_threshold()
+    names_of_a_subclass.cache_clear()
+    gc.set_threshold(1, 1, 1)
+    try:
+        assert all(inherits(layer, d.SpectralDense) for _ in range(100))
+    finally:
+        gc.set_threshold(*before)

@@ -308,3 +308,42 @@ def test_the_installed_command_answers(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["epsilon"] == get_accountant("rdp").epsilon([(SampledGaussian(1.0, 0.01), 100)], 1e-5)
+
+
+# ---- proven bounds -------------------------------------------------------------------------------------------------
+
+
+CLIPLESS = ["--set", "model={name: lipschitz_mlp, hidden: [4]}", "--set", "strategy=clipless"]
+
+
+def test_plan_attacks_proven_bounds(run, config_file):
+    code, out, err = run("plan", config_file.name, *CLIPLESS, "--tightness")
+    assert (code, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.replace("│", " ").split()[:1] == ["fc1"]]
+    claimed, std, attained, tightness = map(float, line.replace("│", " ").split()[-4:])
+    assert 0.5 <= tightness <= 1.0 and attained == pytest.approx(tightness * claimed, rel=1e-2) and std > 0
+    code, _, err = run("plan", config_file.name, "--tightness")
+    assert code == 2 and "use clipless" in err
+
+
+def test_certify_tells_certified_accuracy_and_writes_radii(run, config_file, tmp_path):
+    assert run("train", config_file.name, *CLIPLESS, "-q", "--out", "done")[0] == 0
+    code, out, err = run("certify", "done", "--radius", "0.05", "--out", "radii.csv", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["private"] is False and found["lipschitz"] == pytest.approx(1.0, rel=1e-3)
+    assert found["certified_accuracy"]["0"] >= found["certified_accuracy"]["0.05"]
+    rows = (tmp_path / "radii.csv").read_text().splitlines()
+    assert rows[0] == "example,certified_radius" and len(rows) == found["examples"] + 1
+    assert "certified accuracy at L2 radius 0.1" in run("certify", "done")[1]
+    code, _, err = run("certify", "nowhere")
+    assert code == 2 and len(err.splitlines()) == 1
+    for bad in ("-1", "nan"):
+        code, _, err = run("certify", "done", "--radius", bad)
+        assert code == 2, bad
+
+
+def test_certify_refuses_a_network_without_bounds(run, config_file):
+    assert run("train", config_file.name, "-q", "--out", "plain")[0] == 0
+    code, _, err = run("certify", "plain")
+    assert code == 2 and "Spectral" in err
