@@ -474,11 +474,11 @@ SpectralLinear, FrobeniusLinear = SpectralDense, FrobeniusDense
 SpectralConv1d, SpectralConv2d = SpectralConv1D, SpectralConv2D
 ScaledL2NormPooling2D, ScaledAveragePooling2D = ScaledL2NormPool2d, ScaledAvgPool2d
 ScaledGlobalL2NormPooling2D, ScaledGlobalAveragePooling2D = ScaledGlobalL2NormPool2d, ScaledGlobalAvgPool2d
-MaxPool2d, Flatten, Reshape, Permute = KL.MaxPooling2D, KL.Flatten, KL.Reshape, KL.Permute
+MaxPool2d, Flatten, ReLU, Reshape, Permute = KL.MaxPooling2D, KL.Flatten, KL.ReLU, KL.Reshape, KL.Permute
 
 __all__ = [
     "Abs", "BoundedBias", "BoundedInput", "Flatten", "FrobeniusDense", "FrobeniusLinear", "FullSort", "GroupSort", "Householder",
-    "LayerCentering", "LossGradientClip", "MaxPool2d", "MixerBlock", "Patches", "Permute", "Reshape", "Residual",
+    "LayerCentering", "LossGradientClip", "MaxPool2d", "MixerBlock", "Patches", "Permute", "ReLU", "Reshape", "Residual",
     "ScaledAveragePooling2D", "ScaledAvgPool2d", "ScaledGlobalAveragePooling2D", "ScaledGlobalAvgPool2d",
     "ScaledGlobalL2NormPool2d", "ScaledGlobalL2NormPooling2D", "ScaledL2NormPool2d", "ScaledL2NormPooling2D",
     "SpectralConv1D", "SpectralConv1d", "SpectralConv2D", "SpectralConv2d", "SpectralDense", "SpectralLinear",

@@ -18,6 +18,7 @@ from dptrain_torch.layers import (
     MixerBlock,
     Patches,
     Permute,
+    ReLU,
     Reshape,
     Residual,
     ScaledAveragePooling2D,
@@ -38,7 +39,7 @@ from dptrain_torch.layers import (
 
 __all__ = [
     "Abs", "BoundedBias", "BoundedInput", "Flatten", "FrobeniusDense", "FrobeniusLinear", "FullSort", "GroupSort", "Householder",
-    "LayerCentering", "LossGradientClip", "MaxPool2d", "MixerBlock", "Patches", "Permute", "Reshape", "Residual",
+    "LayerCentering", "LossGradientClip", "MaxPool2d", "MixerBlock", "Patches", "Permute", "ReLU", "Reshape", "Residual",
     "ScaledAveragePooling2D", "ScaledAvgPool2d", "ScaledGlobalAveragePooling2D", "ScaledGlobalAvgPool2d", "ScaledGlobalL2NormPool2d",
     "ScaledGlobalL2NormPooling2D", "ScaledL2NormPool2d", "ScaledL2NormPooling2D", "SpectralConv1D", "SpectralConv1d", "SpectralConv2D",
     "SpectralConv2d", "SpectralDense", "SpectralLinear", "check_bounds", "clipped_sum", "describe", "make_plan", "per_sample_norms",

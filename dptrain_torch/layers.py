@@ -45,7 +45,7 @@ from dptrain_torch.pooling import (
     ScaledL2NormPooling2D,
 )
 
-Flatten, MaxPool2d = nn.Flatten, nn.MaxPool2d
+Flatten, MaxPool2d, ReLU = nn.Flatten, nn.MaxPool2d, nn.ReLU
 Mode = Literal["add", "convex"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -309,7 +309,7 @@ class MixerBlock(nn.Module):
 
 __all__ = [
     "Abs", "BoundedBias", "BoundedInput", "Flatten", "FrobeniusDense", "FrobeniusLinear", "FullSort", "GroupSort", "Householder",
-    "LayerCentering", "LossGradientClip", "MaxPool2d", "MixerBlock", "Patches", "Permute", "Reshape", "Residual",
+    "LayerCentering", "LossGradientClip", "MaxPool2d", "MixerBlock", "Patches", "Permute", "ReLU", "Reshape", "Residual",
     "ScaledAveragePooling2D", "ScaledAvgPool2d", "ScaledGlobalAveragePooling2D", "ScaledGlobalAvgPool2d", "ScaledGlobalL2NormPool2d",
     "ScaledGlobalL2NormPooling2D", "ScaledL2NormPool2d", "ScaledL2NormPooling2D", "SpectralConv1D", "SpectralConv1d", "SpectralConv2D",
     "SpectralConv2d", "SpectralDense", "SpectralLinear",

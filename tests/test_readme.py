@@ -1,4 +1,4 @@
-"""The README's Python examples run, and its YAML is a valid config."""
+"""The Python examples of the README and of docs/clipless.md run, and the README's YAML is a valid config."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import pytest
 
 from dptrain.config import TrainConfig
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = TEXT) -> list[str]:
     """Code blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.S)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [*blocks("python"), *blocks("python", (ROOT / "docs" / "clipless.md").read_text())])
 def test_python_examples_run(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     exec(compile(code, "README.md", "exec"), {})
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dptrain import data_sources
+from dptrain import data_adult, data_sources
 from dptrain.data import DataError, available, load
-from dptrain.data_sources import ADULT_CATEGORIES, ADULT_RANGES, position_split
+from dptrain.data_adult import ADULT_CATEGORIES, ADULT_RANGES, position_split
 
-ORDER = data_sources._ADULT_ORDER
+ORDER = data_adult._ADULT_ORDER
 FIRST = "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, 40, United-States, <=50K"
 RNG = np.random.RandomState(0)
 
@@ -298,7 +298,7 @@ def test_damaged_and_hostile_archives_are_refused(tmp_path, monkeypatch):
     write_zip(path, adult__data=FIRST)
     assert "0 .csv files" in refusal(path=path)
     path.write_bytes(whole)
-    monkeypatch.setattr(data_sources, "_ADULT_MAX_BYTES", 1000)
+    monkeypatch.setattr(data_adult, "_ADULT_MAX_BYTES", 1000)
     assert "unpacks to more" in refusal(path=path)
 
 
