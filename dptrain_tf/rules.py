@@ -10,7 +10,7 @@ import math
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import keras
@@ -315,7 +315,7 @@ def inherits(layer: Any, cls: type) -> bool:
     return not changed - names_of_a_subclass(cls) and "call" not in layer.__dict__
 
 
-@lru_cache(maxsize=None)
+@cache
 def names_of_a_subclass(cls: type) -> frozenset[str]:
     """What Keras gives every subclass of a layer by itself.
 
