@@ -31,7 +31,8 @@ MARGIN = 1e-5
 EXACT_WORK, EXACT_STACK = 1.2e6, 1e5
 # Grid points per axis and degree of the symbol's polynomial, where the torus has more.
 POINTS_PER_DEGREE = 8
-GUESSES = (1e-4, 1e-3, 1e-2, 5e-2)
+# By how much a guess is raised until it can be proven; a stack's first guess is of one promising matrix among many.
+GUESSES, STACK_GUESSES = (1e-4, 2e-3, 2e-2, 1e-1), (5e-3, 3e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,11 @@ def conv_gram(kernel: np.ndarray, space: Sequence[int], strides: Sequence[int], 
         with ``d (j - j') = r (s - t)``: a convolution again, whose symbol is computed here.
     """
     w = np.asarray(kernel, np.float64)
-    taps = w.shape[2:]
+    if w.shape[1] * math.prod(strides) < w.shape[0] and max(dilation) == 1:  # the side of the input's phases is the smaller
+        w, space, strides = polyphase(w, space, strides)
     if all(r == 1 for r in strides) and w.shape[1] < w.shape[0]:
         w = w.swapaxes(0, 1)
+    taps = w.shape[2:]
     steps = [r // math.gcd(d, r) for d, r in zip(dilation, strides, strict=True)]  # lags, in taps, that the stride keeps
     degrees = [(k - 1) // step for k, step in zip(taps, steps, strict=True)]
     points, factor = [], 1.0
@@ -106,11 +109,28 @@ def conv_gram(kernel: np.ndarray, space: Sequence[int], strides: Sequence[int], 
         return SymbolGram(centre[None], factor)
     half = [*map(range, points[:-1]), range(points[-1] // 2 + 1)]  # the symbol at -f is the conjugate of that at f
     angles = np.array(list(product(*half))) * (2 * np.pi / np.array(points)) @ np.array(lags, float).T  # [F, lags]
-    stack = np.stack(correlations).reshape(len(lags), -1)
-    flipped = np.stack([c.T for c in correlations]).reshape(len(lags), -1)
-    real = np.cos(angles) @ (stack + flipped) + centre.reshape(-1)
-    imaginary = np.sin(angles) @ (stack - flipped)
-    return SymbolGram((real + 1j * imaginary).reshape(-1, *centre.shape), factor)
+    stack = np.stack(correlations)
+    flipped = stack.swapaxes(1, 2)
+    symbol = np.empty((len(angles), centre.size), np.complex128)
+    symbol.real = np.cos(angles) @ (stack + flipped).reshape(len(lags), -1) + centre.reshape(-1)
+    symbol.imag = np.sin(angles) @ (stack - flipped).reshape(len(lags), -1)
+    return SymbolGram(symbol.reshape(-1, *centre.shape), factor)
+
+
+def polyphase(w: np.ndarray, space: Sequence[int], strides: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
+    """A strided convolution as one without stride, on as many times more channels as the stride has phases.
+
+    Tap ``r q + s`` of the kernel meets the input's phase s at position ``t + q``; sorting pixels by phase is a permutation, so the norm
+    is the same. Kernel and space are filled up with zeros to a multiple of the stride.
+    """
+    fill = [(0, -k % r) for k, r in zip(w.shape[2:], strides, strict=True)]
+    w = np.pad(w, [(0, 0), (0, 0), *fill])
+    p, depth, *taps = w.shape
+    n = len(taps)
+    split = w.reshape(p, depth, *(m for k, r in zip(taps, strides, strict=True) for m in (k // r, r)))
+    order = [0, 1, *(3 + 2 * i for i in range(n)), *(2 + 2 * i for i in range(n))]  # phases beside the channels, then taps
+    merged = split.transpose(order).reshape(p, depth * math.prod(strides), *(k // r for k, r in zip(taps, strides, strict=True)))
+    return merged, tuple(math.ceil(m / r) + 1 for m, r in zip(space, strides, strict=True)), (1,) * n
 
 
 def correlation(w: np.ndarray, lag: Sequence[int]) -> np.ndarray:
@@ -139,30 +159,31 @@ def largest_eigenvalue(matrices: np.ndarray) -> float:
         ``- gamma trace``, gamma of the order of ``n 1e-16``.
     """
     count, n = matrices.shape[:2]
-    peak = float(np.abs(matrices).max()) if matrices.size else 0.0
-    if peak == 0.0:
+    if not matrices.any():
         return 0.0
-    scaled = matrices / peak
     if count * n**3 <= (EXACT_WORK if count == 1 else EXACT_STACK):
-        return peak * float(np.linalg.eigvalsh(scaled)[:, -1].max()) * (1 + 1e-12)
-    guess = lanczos(scaled[0]) if count == 1 else guessed(scaled)
-    reach = np.sqrt(np.einsum("fij,fij->f", scaled, scaled.conj()).real)  # the Frobenius norm: above the largest eigenvalue
-    for excess in GUESSES:
+        return float(np.linalg.eigvalsh(matrices)[:, -1].max()) * (1 + 1e-12)
+    top = matrices[0] if count == 1 else matrices[int(np.argmax(powers(matrices, 8)))]
+    guess = lanczos(top, 30 if count == 1 else 10)
+    reach = np.sqrt(np.einsum("fij,fij->f", matrices, matrices.conj()).real)  # the Frobenius norm: above the largest eigenvalue
+    for excess in GUESSES if count == 1 else STACK_GUESSES:
         bound = guess * (1 + excess)
-        if dominates(bound, scaled[reach >= bound]):
-            return peak * bound
-    return peak * gram_iteration(scaled)
+        if dominates(bound, matrices[reach >= bound]):
+            return bound
+    return gram_iteration(matrices)
 
 
-def lanczos(matrix: np.ndarray, steps: int = 30) -> float:
+def lanczos(matrix: np.ndarray, steps: int) -> float:
     """Largest eigenvalue on a Krylov space; from below, so a guess only, but a close one."""
     n = len(matrix)
     basis = np.empty((min(steps, n), n), matrix.dtype)
     v = np.cos(np.arange(1, n + 1) * 1.7).astype(matrix.dtype)
     for i in range(len(basis)):
-        v = v - (basis[:i].conj() @ v) @ basis[:i]
+        before = float(np.linalg.norm(v))
+        for _ in range(2):  # once leaves what rounding lost
+            v = v - (basis[:i].conj() @ v) @ basis[:i]
         size = float(np.linalg.norm(v))
-        if size < 1e-12:  # the space is invariant
+        if size <= 1e-9 * before:  # the space is invariant
             basis = basis[:i]
             break
         basis[i] = v / size
@@ -170,14 +191,14 @@ def lanczos(matrix: np.ndarray, steps: int = 30) -> float:
     return float(np.linalg.eigvalsh(basis.conj() @ matrix @ basis.T)[-1])
 
 
-def guessed(matrices: np.ndarray, iterations: int = 15) -> float:
-    """Power iteration on all matrices at once; from below, so a guess only."""
+def powers(matrices: np.ndarray, iterations: int) -> np.ndarray:
+    """Power iteration on all matrices at once, ``[F]``; from below."""
     n = matrices.shape[-1]
     v = np.cos(np.arange(1, n + 1) * 1.7)[None, :, None] + np.zeros((len(matrices), 1, 1))  # any fixed vector without symmetry
     for _ in range(iterations):
         v = v / (np.linalg.norm(v, axis=1, keepdims=True) + 1e-300)
         v = matrices @ v
-    return float(np.linalg.norm(v, axis=1).max())
+    return np.asarray(np.linalg.norm(v, axis=1)[:, 0])
 
 
 def dominates(bound: float, matrices: np.ndarray) -> bool:
@@ -239,7 +260,11 @@ def conv_norm_bound(kernel: np.ndarray, space: Sequence[int], strides: Sequence[
 
 
 def normalised(weight: np.ndarray) -> tuple[np.ndarray, float]:
-    """The weight with entries in [-1, 1], and the factor taken out, so that huge and tiny weights neither overflow nor vanish."""
+    """The weight in float64, and a factor taken out of it, so that the squares of huge and tiny weights neither overflow nor vanish.
+
+    The factor is 0 for a weight of zeros.
+    """
     w = np.asarray(weight, np.float64)
-    scale = float(np.abs(w).max()) if w.size else 0.0
-    return (w / scale if scale else w), scale
+    size = max(float(w.max()), -float(w.min())) if w.size else 0.0
+    scale = 1.0 if 1e-40 < size < 1e40 else size
+    return (w if scale in (0.0, 1.0) else w / scale), scale

@@ -17,7 +17,9 @@ too. An update moves a weight little, so a few iterations per step suffice; the 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,11 +27,12 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from dptrain.certificates import MARGIN, SymbolGram, conv_gram, dominates, guessed, matrix_gram, normalised, overlap
+from dptrain.certificates import MARGIN, SymbolGram, conv_gram, dominates, matrix_gram, normalised, overlap, powers
 from dptrain.errors import RunError
 from dptrain.info import Graph, Node
 
 FIRST_ITERATIONS, ITERATIONS = 20, 2
+WORKERS = 4  # threads, one parameter each; the result does not depend on their number
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -73,13 +76,18 @@ def project(graph: Graph, weights: Arrays, first: bool = False) -> Projected:
         return _project(graph, weights, first)
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @lru_cache(maxsize=1)
 def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
 def one_thread() -> Any:
-    """Keep NumPy's linear algebra on one thread: the matrices are small, and its threads would fight with the framework's.
+    """Keep each call of NumPy's linear algebra on one thread: the matrices are small, and its threads would fight with the framework's.
 
     On two cores with torch running beside it, two threads took up to nine times as long as one.
     """
@@ -89,18 +97,29 @@ def one_thread() -> Any:
 def _project(graph: Graph, weights: Arrays, first: bool) -> Projected:
     changed: dict[str, np.ndarray] = {}
     certificates: dict[str, float] = {}
-    for identifier, uses in constrained(graph).items():
+    work = constrained(graph)
+    for identifier in work:
         old = weights[identifier]
         if not np.isfinite(old).all():
             raise RunError(f"Parameter {identifier!r} is no longer finite, so its norm cannot be certified; lower the learning rate.")
+
+    def one(identifier: str) -> tuple[np.ndarray | None, dict[str, float]]:
+        old, uses = weights[identifier], work[identifier]
         kept = all(role in node.frozen for node, role in uses)
         if uses[0][1] == "bias":
             new, norms = _bias(old, uses, kept)
         else:
             new, norms = _weight(old, uses, kept, FIRST_ITERATIONS if first else ITERATIONS)
+        return None if kept else new.astype(old.dtype), norms
+
+    largest_first = sorted(work, key=lambda identifier: -weights[identifier].size)  # so that the workers end together
+    with ThreadPoolExecutor(min(WORKERS, cores(), max(1, len(work)))) as pool:
+        done = dict(zip(largest_first, pool.map(one, largest_first), strict=True))
+    for identifier in work:
+        new, norms = done[identifier]
         certificates |= norms
-        if not kept:
-            changed[identifier] = new.astype(old.dtype)
+        if new is not None:
+            changed[identifier] = new
     return Projected(changed, certificates)
 
 
@@ -224,7 +243,7 @@ def bjorck(w: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
     """
     wide = w.shape[0] <= w.shape[1]
     gram = w @ w.T if wide else w.T @ w
-    top = guessed(gram[None])  # from below: enough here, because the iteration converges for singular values below sqrt(3)
+    top = float(powers(gram[None], 15)[0])  # from below: enough here, because the iteration converges for singular values below sqrt(3)
     gram = gram / top
     eye, total = np.eye(len(gram)), np.eye(len(gram)) / math.sqrt(top)
     for _ in range(iterations):

@@ -6,6 +6,7 @@ two says how much noise a bound wastes. No data are used: the inputs are found, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,18 +43,9 @@ def to_norm(v: Tensor, norm: float) -> Tensor:
     return v * tf.cast(norm, v.dtype) / tf.where(size > 0, size, tf.ones_like(size))
 
 
-def ascend(model: Any, variables: list[Any], x: Tensor, norms: tuple[float, float], iterations: int) -> float:
-    """Largest gradient norm met from one starting point.
-
-    Args:
-        model: the model.
-        variables: those whose joint gradient is maximised.
-        x: an input ``[1, ...]``.
-        norms: of the input, and of the cotangent at the output.
-        iterations: steps; each replaces the cotangent, and every third one, later on, the input, by the direction in which the squared
-            norm grows: power iterations wherever the network is linear, one after the other because the norm is bilinear there.
-    Returns:
-        The norm.
+def ascent(model: Any, variables: list[Any]) -> Callable[[Tensor, Tensor], Any]:
+    """A traced function from an input ``[1, ...]`` and a cotangent at the output to the squared norm of the joint gradient of some
+    variables, and the directions in which it grows.
     """
     values = [v.value for v in variables]
 
@@ -67,9 +59,23 @@ def ascend(model: Any, variables: list[Any], x: Tensor, norms: tuple[float, floa
             square = tf.add_n([tf.reduce_sum(tf.square(g)) for g in gradients])
         return square, outer.gradient(square, [x, cotangent], unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
-    best, x = 0.0, to_norm(x, norms[0])
-    output = model(x, training=False)
-    cotangent = to_norm(tf.random.stateless_normal(output.shape, [1, 1], dtype=output.dtype), norms[1])
+    return step
+
+
+def ascend(step: Callable[[Tensor, Tensor], Any], x: Tensor, cotangent: Tensor, norms: tuple[float, float], iterations: int) -> float:
+    """Largest gradient norm met from one starting point.
+
+    Args:
+        step: of ``ascent``.
+        x: an input ``[1, ...]``.
+        cotangent: a first cotangent at the output.
+        norms: of the input, and of the cotangent.
+        iterations: steps; each replaces the cotangent, and every third one, later on, the input, by the direction in which the squared
+            norm grows: power iterations wherever the network is linear, one after the other because the norm is bilinear there.
+    Returns:
+        The norm.
+    """
+    best, x, cotangent = 0.0, to_norm(x, norms[0]), to_norm(cotangent, norms[1])
     for i in range(iterations):
         square, (dx, dc) = step(x, cotangent)
         best = max(best, float(square) ** 0.5)
@@ -93,8 +99,12 @@ def tightness(model: Any, x: Tensor, plan: Plan, *, restarts: int = 2, iteration
     """
     groups, parameters, found = group_of_parameter(plan), trainable(model), dict[str, tuple[float, float]]()
     names, norms = identifiers(find_units(model)), (input_norm(plan.graph), float(plan.loss_clip or 0.0))
+    points = starts(tuple(x.shape[1:]), x.dtype, restarts)
+    output = model(points[0], training=False)
+    cotangent = tf.random.stateless_normal(output.shape, [1, 1], dtype=output.dtype)
     for group in plan.gradient_groups:
         members = [v for name, v in parameters.items() if groups[names[name]] == group.name]
-        attained = max(ascend(model, members, start, norms, iterations) for start in starts(tuple(x.shape[1:]), x.dtype, restarts))
+        step = ascent(model, members)
+        attained = max(ascend(step, start, cotangent, norms, iterations) for start in points)
         found[group.name] = (attained, group.norm_bound)
     return found
