@@ -36,6 +36,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.steps --strategies clipless --models lipschitz_cnn lipschitz_resnet lipschitz_mixer lipschitz_mlp --batch 256 --memory
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

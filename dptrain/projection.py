@@ -10,8 +10,9 @@ L5). Weights are post-processing of private releases; so are their certificates,
     rows         each output's row scaled to the norm
     bias         scaled down to the radius
 
-Cost: one Gram matrix per weight serves the iterations, which run on the small side only, and for dense weights the certificate
-too. An update moves a weight little, so a few iterations per step suffice; the first call takes more.
+Cost: a weight whose singular values are near each other is only certified and scaled. One Gram matrix per weight serves the iterations,
+which run on the small side only, and for dense weights the certificate too. An update moves a weight little, so a few iterations per step
+suffice; the first call takes more. Parameters are worked on in parallel.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dptrain.errors import RunError
 from dptrain.info import Graph, Node
 
 FIRST_ITERATIONS, ITERATIONS = 20, 2
+TOLERANCE = 0.02  # spread of squared singular values below which a step takes no iteration
 WORKERS = 4  # threads, one parameter each; the result does not depend on their number
 Arrays = Mapping[str, np.ndarray]
 
@@ -194,7 +196,7 @@ def _weight(old: np.ndarray, uses: list[tuple[Node, str]], kept: bool, iteration
     rows = w.reshape(len(w), -1)
     gram = None
     if not kept and "orthogonal" in constraints and scale:
-        rows, gram = bjorck(rows, iterations)
+        rows, gram = bjorck(rows, iterations, 0.0 if iterations == FIRST_ITERATIONS else TOLERANCE)
         scale = 1.0
     if not kept and "rows" in constraints and scale:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -231,19 +233,22 @@ def _norm_bound(node: Node, w: np.ndarray, gram: np.ndarray | None) -> float:
     return min(torus, reshaped * math.sqrt(overlap(a["kernel"], a["strides"], a["dilation"])))
 
 
-def bjorck(w: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bring the singular values of a matrix near 1.
+def bjorck(w: np.ndarray, iterations: int, tolerance: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Bring the singular values of a matrix near each other.
 
     Args:
         w: ``[p, D]``, not zero.
         iterations: how many.
+        tolerance: root mean square spread of the squared singular values, relative to the largest, that is left as it is.
     Returns:
-        The new matrix, and its Gram matrix on the smaller side.
+        The new matrix, or the old one if it was within the tolerance, and its Gram matrix on the smaller side.
     Source: Bjorck and Bowie 1971; all iterations act on the Gram matrix ``G``: with ``Q = (3 - G) / 2``, ``X <- Q X`` and ``G <- Q G Q``.
     """
     wide = w.shape[0] <= w.shape[1]
     gram = w @ w.T if wide else w.T @ w
     top = float(powers(gram[None], 15)[0])  # from below: enough here, because the iteration converges for singular values below sqrt(3)
+    if tolerance and float(np.linalg.norm(gram / top - np.eye(len(gram)))) <= tolerance * math.sqrt(len(gram)):
+        return w, gram
     gram = gram / top
     eye, total = np.eye(len(gram)), np.eye(len(gram)) / math.sqrt(top)
     for _ in range(iterations):
