@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/dptrain train examples/mnist.yaml --backend tensorflow
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
