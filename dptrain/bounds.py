@@ -285,3 +285,9 @@ def output_lipschitz(graph: Graph, certificates: Certificates) -> float:
         parts = [constant * g for constant, g in zip(bounds[node.name].lipschitz, inputs, strict=True)]
         growth[node.name] = 1.0 if node.kind == "input" else math.hypot(*parts) if node.kind == "concat" else math.fsum(parts)
     return growth[graph.output.name]
+
+
+def input_norm(graph: Graph | None) -> float:
+    """The norm down to which the model itself scales its input; 1 where it does not."""
+    norms = [float(node.attrs["norm"]) for node in graph.nodes if node.kind == "bounded_input"] if graph else []
+    return norms[0] if norms else 1.0

@@ -13,17 +13,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from dptrain.info import Graph
+from dptrain.bounds import input_norm
 from dptrain.plan import Plan
 from dptrain_tf.gradients import identifiers, trainable
 from dptrain_tf.hooks import find_units
 from dptrain_tf.update import group_of_parameter
-
-
-def input_norm(graph: Graph | None) -> float:
-    """The norm down to which the model itself scales its input."""
-    norms = [float(node.attrs["norm"]) for node in graph.nodes if node.kind == "bounded_input"] if graph else []
-    return norms[0] if norms else 1.0
 
 
 def starts(shape: tuple[int, ...], dtype: Any, restarts: int) -> list[Tensor]:

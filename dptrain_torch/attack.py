@@ -11,16 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dptrain.info import Graph
+from dptrain.bounds import input_norm
 from dptrain.plan import Plan
 from dptrain_torch.gradients import trainable
 from dptrain_torch.update import group_of_parameter
-
-
-def input_norm(graph: Graph | None) -> float:
-    """The norm down to which the model itself scales its input."""
-    norms = [float(node.attrs["norm"]) for node in graph.nodes if node.kind == "bounded_input"] if graph else []
-    return norms[0] if norms else 1.0
 
 
 def starts(shape: tuple[int, ...], like: Tensor, restarts: int) -> list[Tensor]:
