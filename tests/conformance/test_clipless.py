@@ -212,10 +212,8 @@ def test_ghost_norms_never_exceed_the_bound(backend: str) -> None:
     found = setup.backend.attained(setup.model, setup.loss, x, y, setup.plan)
     assert set(found) == {group.name for group in setup.plan.groups}
     assert all(0 < norm <= bound for norm, bound in found.values())
-    forged = setup.plan.with_bounds({name: 0.5 * norm for name, (norm, _) in found.items()})
     with pytest.raises(UnsupportedModelError, match="over its proven bound"):
         setup.backend.self_check(setup.model, setup.loss, x[:3], y[:3], setup.plan.with_bounds(dict.fromkeys(found, 1e-6)))
-    assert all(norm > group.norm_bound for group, (norm, _) in zip(forged.groups, found.values(), strict=True))
 
 
 # --- one step -------------------------------------------------------------------------------------------------------------
@@ -353,8 +351,7 @@ def test_a_moving_clip_reaches_its_quantile_within_the_budget(backend: str, stra
         norms = np.linalg.norm(loss_gradients(wide, data), axis=1)
     else:
         clip = float(np.sqrt(sum(g.clip_norm**2 for g in done.plan.gradient_groups)))
-        plan = start.plan.with_clip_norm(float("inf"))
-        norms = per_sample_norms(start, data, plan)
+        norms = per_sample_norms(start, data)
     assert np.mean(norms <= clip) == pytest.approx(0.5, abs=0.1)
 
 
@@ -365,13 +362,12 @@ def loss_gradients(setup: Setup, data: Dataset) -> np.ndarray:
     return p / p.sum(1, keepdims=True) - np.eye(z.shape[1])[data.y_train]
 
 
-def per_sample_norms(setup: Setup, data: Dataset, plan: Any) -> np.ndarray:
+def per_sample_norms(setup: Setup, data: Dataset) -> np.ndarray:
     """Joint norms over all groups, by the public diagnostics."""
     if setup.backend.name == "torch":
         import dptrain_torch as api
     else:
         import dptrain_tf as api
-    del plan
     tensors = [setup.backend.tensor(a) for a in (data.x_train, data.y_train)]
     return np.asarray(api.per_sample_norms(setup.model, setup.loss, *tensors, check=False))
 
