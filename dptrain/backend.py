@@ -84,7 +84,7 @@ class Backend(Protocol):
         """Make dropout a function of the public seed and the step, so that a resumed run continues alike."""
         ...
 
-    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray, factor: float = 1.0) -> Batch:
+    def batch(self, x: Any, y: Any, mask: np.ndarray, factor: float = 1.0) -> Batch:
         """A physical batch on the device; the plan's clipping norms are to be multiplied by a factor."""
         ...
 
@@ -108,8 +108,8 @@ class Backend(Protocol):
         """Add noise to the sum of every trainable parameter."""
         ...
 
-    def apply(self, model: Model, optimizer: Optimizer, released: Grads, scale: float, learning_rate: float) -> None:
-        """One optimizer step on the released sum times a constant."""
+    def apply(self, model: Model, optimizer: Optimizer, released: Grads, scale: float, learning_rate: float | None) -> None:
+        """One optimizer step on the released sum times a constant; a rate of None leaves the optimizer's own as it is."""
         ...
 
     def project(self, model: Model, plan: Plan) -> Mapping[str, float]:

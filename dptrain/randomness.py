@@ -1,8 +1,9 @@
 """Where randomness that protects people comes from: sampling and noise, keyed by the operating system, never by the user's seed.
 
-Both streams are Philox (Salmon et al. 2011), a counter-based generator with a 128-bit key: the stream of a step is addressed by
-``(key, step, stream)``, so nothing has to be stored to continue, and an interrupted logical batch cannot shift what comes after it.
-One NumPy generator serves both frameworks. ``torch.Generator`` would not do: its CPU engine keeps 32 bits of the seed.
+Both streams come from counter-based generators with a 128-bit key, Philox (Salmon et al. 2011) for sampling and AES in counter mode for
+noise (``gaussian.py``): the stream of a step is addressed by ``(key, step, stream)``, so nothing has to be stored to continue, and an
+interrupted logical batch cannot shift what comes after it. One implementation in NumPy serves both frameworks. ``torch.Generator`` would
+not do: its CPU engine keeps 32 bits of the seed.
 
 With ``unsafe_seed`` the keys follow from the seed; then anyone who knows the seed can subtract the noise, and the report says so.
 Keys are never printed and never written to disk.
@@ -11,10 +12,13 @@ Keys are never printed and never written to disk.
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from dptrain.gaussian import standard_normal
 
 NOISE, SAMPLING = "noise", "sampling"
 
@@ -49,7 +53,7 @@ class RandomKey:
 
         Args:
             step: index of the step.
-            stream: index of the stream within the step, for noise the position of the parameter.
+            stream: index of the stream within the step.
         Returns:
             A NumPy generator. Its 256-bit counter starts at ``(step, stream, 0, 0)``, leaving 2^128 blocks per stream.
         """
@@ -78,5 +82,4 @@ class StepNoise:
         Returns:
             Independent N(0, 1) values.
         """
-        generator = self.key.generator(self.step, stream)
-        return generator.standard_normal(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
+        return standard_normal(self.key.value.to_bytes(16, "big"), self.step, stream, math.prod(shape), dtype).reshape(shape)

@@ -8,8 +8,9 @@ per logical batch, never one draw per physical batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,3 +71,19 @@ def physical_batches(indices: np.ndarray, size: int) -> Iterator[tuple[np.ndarra
         mask = np.zeros(size, dtype=bool)
         mask[: len(part)] = True
         yield np.concatenate([part, np.full(size - len(part), part[0], dtype=part.dtype)]), mask
+
+
+def take(x: Any, indices: np.ndarray) -> Any:
+    """The examples at some indices.
+
+    Args:
+        x: an array ``[N, ...]``, or a tuple, list or mapping of such.
+        indices: ``[n]``.
+    Returns:
+        The same structure of arrays ``[n, ...]``.
+    """
+    if isinstance(x, Mapping):
+        return {key: take(value, indices) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        return tuple(take(value, indices) for value in x)
+    return x[indices]

@@ -20,14 +20,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from accounting import PrivacyLedger, SampledGaussian
 from dptrain.backend import Backend
 from dptrain.inforce import PlanInForce
 from dptrain.plan import Plan
 from dptrain.randomness import RandomKey, StepNoise
-from dptrain.sampling import PoissonSampler, physical_batches
+from dptrain.sampling import PoissonSampler, physical_batches, take
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,76 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Update:
+    """Parts 2 and 4 to 7 of a step, for whoever draws logical batches and sums over them: the trainer, and a loop of the user's own.
+
+    Args:
+        backend, model, optimizer: the executor and what it works on.
+        plan: certificate of sensitivity.
+        expected_batch_size: q N, a constant.
+        release: noise and record; None only for a plan that claims no bound.
+        in_force: plan and noise of the next step, where they move; None where the first ones serve throughout.
+        monitor: called with group -> norm of the sum over ``count * bound``, before noise; NOT private.
+    """
+
+    backend: Backend
+    model: Any
+    optimizer: Any
+    plan: Plan
+    expected_batch_size: float
+    release: Release | None
+    in_force: PlanInForce | None = None
+    monitor: Callable[[Mapping[str, float]], None] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.release is None) == self.plan.private:
+            raise TypeError("a plan with finite bounds is trained with a release, and only such a plan")
+
+    @property
+    def factor(self) -> float:
+        """What the plan's clipping norms are multiplied by at the next step."""
+        return self.in_force.executed if self.in_force else 1.0
+
+    def record(self, step: int) -> None:
+        """Part 2. To be called before anything of the step is released.
+
+        Args:
+            step: its index.
+        """
+        if self.release is not None and step >= self.release.recorded:
+            self.release.ledger.record(self.release.event)
+
+    def finish(self, step: int, total: Any, count: int, learning_rate: float | None = None) -> dict[str, float]:
+        """Parts 4 to 7.
+
+        Args:
+            step: its index; each index is used once for noise.
+            total: sum over the logical batch, from the backend's ``bounded_sum`` and ``add``.
+            count: examples in it, for the monitor.
+            learning_rate: of this step; None leaves the optimizer's own as it is.
+        Returns:
+            Sums for the progress display. NOT private.
+        Guarantee: with a total in which each example of the logical batch is within the plan's bounds, once recorded, this is one Gaussian
+            mechanism with the recorded noise multiplier.
+        Source: math.md sections 1 and 6.
+        """
+        backend, moving = self.backend, self.in_force
+        plan = moving.plan if moving else self.plan
+        total = backend.reduce(total)
+        if self.monitor is not None:
+            norms = backend.group_norms(total, plan)
+            self.monitor({g.name: norms.get(g.name, 0.0) / (max(1, count) * g.norm_bound) for g in plan.gradient_groups})
+        if self.release is not None:
+            stds = moving.stds if moving else self.release.stds
+            total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step))
+        backend.apply(self.model, self.optimizer, total, 1.0 / self.expected_batch_size, learning_rate)
+        certificates = backend.project(self.model, plan)
+        if moving:
+            moving.after_step(certificates, backend.counts(total))
+        return backend.stats(total)
+
+
+@dataclass(frozen=True)
 class TrainingStep:
     """One step of training, as a callable.
 
@@ -58,14 +126,14 @@ class TrainingStep:
         backend, model, loss, optimizer: the executor and what it works on.
         plan: certificate of sensitivity.
         sampler: draws logical batches.
-        x, y: the training data ``[N, ...]``.
+        x, y: the training data ``[N, ...]``; arrays, or tuples, lists or mappings of such.
         physical_batch_size: B.
-        learning_rate: step index -> learning rate.
+        learning_rate: step index -> learning rate; None leaves the optimizer's own as it is.
         seed: public seed, for dropout.
         release: noise and record; None only for a plan that claims no bound.
         two_pass: see ``performance.gradients``.
         in_force: plan and noise of the next step, where they move; None where the first ones serve throughout.
-        monitor: called with group -> norm of the sum over ``count * bound``, before noise; NOT private.
+        monitor: see ``Update``.
     """
 
     backend: Backend
@@ -74,10 +142,10 @@ class TrainingStep:
     optimizer: Any
     plan: Plan
     sampler: PoissonSampler
-    x: np.ndarray
-    y: np.ndarray
+    x: Any
+    y: Any
     physical_batch_size: int
-    learning_rate: Callable[[int], float]
+    learning_rate: Callable[[int], float | None]
     seed: int
     release: Release | None
     two_pass: bool = False
@@ -85,8 +153,9 @@ class TrainingStep:
     monitor: Callable[[Mapping[str, float]], None] | None = None
 
     def __post_init__(self) -> None:
-        if (self.release is None) == self.plan.private:
-            raise TypeError("a plan with finite bounds is trained with a release, and only such a plan")
+        expected = self.sampler.sample_rate * self.sampler.num_examples
+        parts = (self.backend, self.model, self.optimizer, self.plan, expected, self.release, self.in_force, self.monitor)
+        object.__setattr__(self, "update", Update(*parts))
         object.__setattr__(self, "_sum", self.backend.compile(self._bounded_sum))
 
     def _bounded_sum(self, batch: Any) -> Any:
@@ -102,26 +171,14 @@ class TrainingStep:
         Guarantee: the step is one Poisson-sampled Gaussian mechanism with the recorded event, under the plan's certificate.
         Source: math.md sections 1 and 6; Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1.
         """
-        backend, moving = self.backend, self.in_force
-        plan, factor = (moving.plan, (moving.executed,)) if moving else (self.plan, ())
+        backend, update = self.backend, self.update  # type: ignore[attr-defined]
+        factor = (update.factor,) if self.in_force else ()
         indices = self.sampler.sample(step)
-        if self.release is not None and step >= self.release.recorded:
-            self.release.ledger.record(self.release.event)
+        update.record(step)
         backend.seed_dropout(self.model, self.seed, step)
         total = backend.zeros(self.model)
         for part, mask in physical_batches(indices, self.physical_batch_size):
-            batch = backend.batch(self.x[part], self.y[part], mask, *factor)
+            batch = backend.batch(take(self.x, part), take(self.y, part), mask, *factor)
             total = backend.add(total, self._sum(batch))  # type: ignore[attr-defined]
-        total = backend.reduce(total)
-        if self.monitor is not None:
-            norms, count = backend.group_norms(total, plan), max(1, len(indices))
-            self.monitor({group.name: norms.get(group.name, 0.0) / (count * group.norm_bound) for group in plan.gradient_groups})
-        if self.release is not None:
-            stds = moving.stds if moving else self.release.stds
-            total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step))
-        expected = self.sampler.sample_rate * self.sampler.num_examples
-        backend.apply(self.model, self.optimizer, total, 1.0 / expected, self.learning_rate(step))
-        certificates = backend.project(self.model, plan)
-        if moving:
-            moving.after_step(certificates, backend.counts(total))
-        return backend.stats(total)
+        done: dict[str, float] = update.finish(step, total, len(indices), self.learning_rate(step))
+        return done

@@ -107,13 +107,17 @@ class TensorFlowBackend:
             if generator is not None:
                 generator.state.assign(np.array([(seed * 1_000_003 + i) % 2**31, step % 2**31], dtype="uint32"))
 
-    def tensor(self, array: np.ndarray) -> tf.Tensor:
-        """An array on the device, floats in the run's precision."""
+    def tensor(self, array: Any) -> Any:
+        """An array on the device, floats in the run's precision; or each array of a tuple or mapping."""
+        if isinstance(array, Mapping):
+            return {key: self.tensor(value) for key, value in array.items()}
+        if isinstance(array, tuple | list):
+            return tuple(map(self.tensor, array))
         with tf.device(self.device):
             value = tf.convert_to_tensor(np.ascontiguousarray(array))
             return tf.cast(value, self.dtype) if value.dtype.is_floating else value
 
-    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray, factor: float = 1.0) -> Batch:
+    def batch(self, x: Any, y: Any, mask: np.ndarray, factor: float = 1.0) -> Batch:
         scale = None if factor == 1.0 else tf.constant(factor, self.dtype)
         return Batch(self.tensor(x), self.tensor(y), self.tensor(mask), scale)
 
@@ -132,7 +136,7 @@ class TensorFlowBackend:
     def privatize(self, total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
         return update.privatize(total, plan, stds, noise)
 
-    def apply(self, model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
+    def apply(self, model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float | None) -> None:
         update.apply(model, optimizer, released, scale, learning_rate)
 
     def project(self, model: Any, plan: Plan) -> dict[str, float]:

@@ -115,7 +115,7 @@ def compiled_apply(optimizer: Any, variables: list[Any]) -> Callable[..., None]:
     return _compiled[optimizer]
 
 
-def apply(model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
+def apply(model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float | None) -> None:
     """One optimizer step on the released sum.
 
     Args:
@@ -123,13 +123,14 @@ def apply(model: Any, optimizer: Any, released: Grads, scale: float, learning_ra
         optimizer: any Keras optimizer; built here if need be.
         released: the output of ``privatize``.
         scale: ``1 / (q N)``, a constant.
-        learning_rate: of this step.
+        learning_rate: of this step; None leaves the optimizer's own, or its schedule, as it is.
     Raises:
         ConfigError: the optimizer has a schedule of its own, or scales losses.
     """
     parameters = trainable(model)
     try:
-        optimizer.learning_rate = learning_rate
+        if learning_rate is not None:
+            optimizer.learning_rate = learning_rate
     except TypeError as error:
         raise ConfigError("The optimizer has a learning-rate schedule of its own; give it a number, the schedule is dptrain's.") from error
     compiled_apply(optimizer, list(parameters.values()))([released.sums[name] for name in parameters], tf.constant(scale, tf.float64))

@@ -96,12 +96,16 @@ class TorchBackend:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
             torch.manual_seed((seed * 1_000_003 + step) % 2**63)
 
-    def tensor(self, array: np.ndarray) -> torch.Tensor:
-        """An array on the device, floats in the run's precision."""
+    def tensor(self, array: Any) -> Any:
+        """An array on the device, floats in the run's precision; or each array of a tuple or mapping."""
+        if isinstance(array, Mapping):
+            return {key: self.tensor(value) for key, value in array.items()}
+        if isinstance(array, tuple | list):
+            return tuple(map(self.tensor, array))
         value = torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
         return value.to(self.dtype) if value.is_floating_point() else value
 
-    def batch(self, x: np.ndarray, y: np.ndarray, mask: np.ndarray, factor: float = 1.0) -> Batch:
+    def batch(self, x: Any, y: Any, mask: np.ndarray, factor: float = 1.0) -> Batch:
         scale = None if factor == 1.0 else torch.tensor(factor, dtype=self.dtype, device=self.device)
         return Batch(self.tensor(x), self.tensor(y), self.tensor(mask), scale)
 
@@ -120,7 +124,7 @@ class TorchBackend:
     def privatize(self, total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
         return update.privatize(total, plan, stds, noise)
 
-    def apply(self, model: nn.Module, optimizer: Any, released: Grads, scale: float, learning_rate: float) -> None:
+    def apply(self, model: nn.Module, optimizer: Any, released: Grads, scale: float, learning_rate: float | None) -> None:
         update.apply(model, optimizer, released, scale, learning_rate)
 
     def project(self, model: nn.Module, plan: Plan) -> dict[str, float]:

@@ -90,7 +90,7 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     return Grads(sums, total.stats, counts)
 
 
-def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, scale: float, learning_rate: float) -> None:
+def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, scale: float, learning_rate: float | None) -> None:
     """One optimizer step on the released sum.
 
     Args:
@@ -98,10 +98,11 @@ def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, s
         optimizer: any torch optimizer over its trainable parameters.
         released: the output of ``privatize``.
         scale: ``1 / (q N)``, a constant.
-        learning_rate: of this step.
+        learning_rate: of this step; None leaves the optimizer's own as it is.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    if learning_rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
     parameters = trainable(model)
     for name, parameter in parameters.items():
         parameter.grad = released.sums[name].to(parameter.dtype) * scale

@@ -10,9 +10,12 @@ import secrets
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
 import dptrain
+from dptrain import gaussian
+from dptrain.gaussian import CHUNK, keystream
 from dptrain.randomness import NOISE, SAMPLING, RandomKey, StepNoise
 from tests.core.shared import FALSE_FAILURE, blobs, config
 
@@ -98,6 +101,67 @@ def test_no_two_streams_share_a_value():
     """Streams that overlap, as with a counter that steps through them, would repeat values."""
     blocks = [KEY.generator(step, stream).integers(0, 2**63, 2000) for step in range(6) for stream in range(6)]
     assert len(np.unique(np.concatenate(blocks))) == 36 * 2000
+
+
+def test_the_whole_key_and_the_whole_address_reach_the_noise():
+    first = keystream(KEY.value.to_bytes(16, "big"), 0, 0, 0, 64)
+    for bit in (0, 31, 32, 63, 64, 100, 127):
+        assert keystream((KEY.value ^ 1 << bit).to_bytes(16, "big"), 0, 0, 0, 64) != first
+    addresses = [(step, stream, block) for step in (0, 1, 2**47) for stream in (0, 1, 2**31) for block in (0, 4, 2**47)]
+    parts = {keystream(bytes(16), *address, 64) for address in addresses}
+    assert len(parts) == len(addresses)
+    for outside in ((2**48, 0, 0), (-1, 0, 0), (0, 2**32, 0), (0, 0, 2**48)):
+        with pytest.raises(ValueError, match="outside the counter"):
+            keystream(bytes(16), *outside, 64)
+
+
+def test_the_keystream_is_aes_in_counter_mode():
+    """Rebuilt from single blocks: step, stream and block stand in the counter as written."""
+    cipher = Cipher(algorithms.AES(bytes(range(16))), modes.ECB()).encryptor()
+    counters = b"".join((5 << 80 | 7 << 48 | 9 + i).to_bytes(16, "big") for i in range(3))
+    assert keystream(bytes(range(16)), 5, 7, 9, 48) == cipher.update(counters)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_values_do_not_depend_on_how_many_are_asked_for_at_once(dtype):
+    """Chunks are filled by threads; sizes that divide the chunks differently share their whole chunks, and nothing repeats."""
+    sizes = (CHUNK, 3 * CHUNK, 3 * CHUNK + 1, 4 * CHUNK)
+    draws = [StepNoise(KEY, 1).normal(2, (size,), dtype) for size in sizes]
+    for draw in draws:
+        np.testing.assert_array_equal(draw[:CHUNK], draws[0])
+        np.testing.assert_array_equal(StepNoise(KEY, 1).normal(2, (len(draw),), dtype), draw)
+    np.testing.assert_array_equal(draws[1], draws[3][: 3 * CHUNK])
+    whole = draws[3].reshape(4, CHUNK).astype(np.float64)
+    correlations = (whole @ whole.T / CHUNK)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < stats.norm.isf(FALSE_FAILURE / 12) / math.sqrt(CHUNK)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_tails_of_ten_million_values(dtype):
+    """Counts beyond 1 to 5 standard deviations on either side are binomial; cosine and sine halves alike."""
+    size = 10_000_000
+    values = StepNoise(KEY, 9).normal(0, (size,), dtype)
+    assert np.isfinite(values).all()
+    for bound in (1.0, 2.0, 3.0, 4.0, 5.0):
+        for count in ((values > bound).sum(), (values < -bound).sum()):
+            p = stats.norm.sf(bound)
+            assert min(stats.binom.cdf(count, size, p), stats.binom.sf(count - 1, size, p)) > FALSE_FAILURE / 20
+    blocks = values.reshape(-1, 100).astype(np.float64).sum(1) / 10
+    assert stats.kstest(blocks, "norm").pvalue > FALSE_FAILURE
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_uniforms_near_zero_are_refined(dtype, monkeypatch):
+    """An integer of 0 would end the tail at 6.7; with the refinement the largest value is beyond 9, and ordinary ones do not move."""
+    real, bits = gaussian.keystream, 8 * np.dtype(dtype).itemsize
+    monkeypatch.setattr(gaussian, "keystream", lambda key, step, stream, block, size: bytes(size))
+    low = StepNoise(KEY, 0).normal(0, (8,), dtype)  # every integer is 0, the refinement's too: the far end of the tail
+    assert np.all(np.isfinite(low))
+    assert float(low[:4].min()) == pytest.approx(math.sqrt(2 * (65 + bits) * math.log(2)), rel=1e-6)
+    monkeypatch.setattr(gaussian, "keystream", lambda key, step, stream, block, size: b"\xff" * size)
+    high = StepNoise(KEY, 0).normal(0, (8,), dtype)  # every integer is the largest: the centre
+    assert np.abs(high).max() < 1e-3
+    monkeypatch.setattr(gaussian, "keystream", real)
 
 
 def test_noise_depends_on_stream_and_step_and_on_nothing_else():

@@ -15,7 +15,7 @@ import pytest
 from accounting import LedgerError, PrivacyLedger, SampledGaussian
 from dptrain import PoissonSampler, get_strategy
 from dptrain.info import LayerInfo, ModelInfo
-from dptrain.randomness import NOISE, SAMPLING, RandomKey
+from dptrain.randomness import NOISE, SAMPLING, RandomKey, StepNoise
 from dptrain.step import Release, TrainingStep
 
 INFO = ModelInfo((LayerInfo("fc", "linear", 1, 2, 1, 2, ("fc.weight",)),))
@@ -173,7 +173,7 @@ def test_the_sum_is_over_the_drawn_examples_and_the_noise_over_the_sum(ledger):
     clipped = drawn / np.maximum(np.linalg.norm(drawn, axis=1, keepdims=True), 1.0)
     np.testing.assert_allclose(backend.sums[0], clipped.sum(0), rtol=1e-12)
     released, _, _ = backend.applied[0]
-    np.testing.assert_allclose(released - backend.sums[0], 2.0 * RandomKey.make(NOISE, 1).generator(3, 0).standard_normal(2))
+    np.testing.assert_allclose(released - backend.sums[0], 2.0 * StepNoise(RandomKey.make(NOISE, 1), 3).normal(0, (2,), np.float64))
     assert not np.allclose(released, backend.sums[0])
 
 
