@@ -29,12 +29,28 @@ def describe(model: nn.Module, x: Any) -> ModelInfo:
     units, size = find_units(model), batch_size(x)
     with torch.enable_grad(), Tap(units, size) as tap:
         call_model(model, x)
+    return facts_of_calls(model, units, tap.calls, size)
+
+
+def facts_of_calls(model: nn.Module, units: list[Unit], seen: list[Call], size: int) -> ModelInfo:
+    """The facts of every layer, from what a tap has seen of a forward pass.
+
+    Args:
+        model: the model.
+        units: the modules that were tapped.
+        seen: their calls.
+        size: examples B in the pass.
+    Returns:
+        Facts.
+    Raises:
+        UnsupportedModelError: an output has no batch axis.
+    """
     calls: dict[str, list[Call]] = {}
-    for call in tap.calls:
+    for call in seen:
         calls.setdefault(call.unit.name, []).append(call)
     problems = [
         no_batch_axis(call.unit, tuple(z.shape), size)
-        for call in tap.calls
+        for call in seen
         for i, z in enumerate(call.outputs)
         if z.requires_grad and not has_batch(call.unit.module, i, z, size)
     ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
-from dptrain_torch.hooks import Call, Tap, find_units
+from dptrain_torch.hooks import Call, Tap, Unit, find_units
 from dptrain_torch.lipschitz import LossGradientClip
 from dptrain_torch.rules import generic_uses
 from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example, square_sum
@@ -223,12 +223,54 @@ def bounded_sum(
         return plain_sum(model, loss, batch)
     if two_pass:
         refuse_two_pass(model)
-    units, size = find_units(model), batch_size(batch.x)
-    known = {layer.name for layer in plan.layers}
-    if known != {unit.name for unit in units}:
-        raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
+    units, size = known_units(model, plan), batch_size(batch.x)
     with torch.enable_grad(), Tap(units, size) as tap:
         losses = example_losses(loss, call_model(model, batch.x), batch.y, size)
+    found = tapped_sum(model, tap, losses, batch.mask, plan, batch.factor, two_pass=two_pass, norms_out=norms_out)
+    return bounded_sum(model, loss, batch, plan) if found is None else found  # a non-finite example would poison the native sum
+
+
+def known_units(model: nn.Module, plan: Plan) -> list[Unit]:
+    """The modules to tap.
+
+    Raises:
+        ConfigError: they are not the layers of the plan.
+    """
+    units = find_units(model)
+    if {layer.name for layer in plan.layers} != {unit.name for unit in units}:
+        raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
+    return units
+
+
+def tapped_sum(
+    model: nn.Module,
+    tap: Tap,
+    losses: Tensor,
+    mask: Tensor,
+    plan: Plan,
+    factor: Tensor | None = None,
+    *,
+    two_pass: bool = False,
+    norms_out: dict[str, Tensor] | None = None,
+    retain_graph: bool = False,
+) -> Grads | None:
+    """``sum_i w_ik g_ik`` from a forward pass that was tapped: the backward pass, the norms, the weights and the sums.
+
+    Args:
+        model: the model that was called.
+        tap: what the tap has seen.
+        losses: per-example losses ``[B]``.
+        mask: bool ``[B]``; False marks padding.
+        plan: groups, clipping norms and norm methods.
+        factor: what the clipping norms are multiplied by.
+        two_pass: take the sum from a second backward pass.
+        norms_out: filled with group -> norms ``[B]``, for diagnostics.
+        retain_graph: keep the graph for what else is to be asked of it.
+    Returns:
+        The sums; None if ``two_pass`` met an example that is not finite.
+    Guarantee, Source: as ``bounded_sum``.
+    """
+    size, units = len(losses), tap.units
     expected: dict[str, int] = {}
     for call in tap.calls:
         for name in call.unit.params.values():
@@ -237,24 +279,23 @@ def bounded_sum(
     for unit in units:
         for name in unit.params.values():
             owners.setdefault(name, []).append(unit.name)
-    valid = batch.mask & losses.detach().isfinite()
+    valid = mask & losses.detach().isfinite()
     accumulator = Accumulator(plan, expected, owners, size, keep=not two_pass)
     with torch.enable_grad():
         total = torch.where(valid, losses, torch.zeros_like(losses)).sum()
     with torch.no_grad():
-        tap.backward(total, accumulator, retain_graph=two_pass)
+        tap.backward(total, accumulator, retain_graph=two_pass or retain_graph)
         accumulator.finish_all()
         norms = accumulator.norms()
         if norms_out is not None:
             norms_out.update(norms)
-        weights, finite = weights_of(plan, norms, valid, batch.factor)
-        stats = statistics(plan, losses, batch.mask, valid & finite, norms, batch.factor)
-        counts = count_below(plan, joint_below(plan, norms, batch.factor) & valid & finite, batch.mask) if plan.count else {}
+        weights, finite = weights_of(plan, norms, valid, factor)
+        stats = statistics(plan, losses, mask, valid & finite, norms, factor)
+        counts = count_below(plan, joint_below(plan, norms, factor) & valid & finite, mask) if plan.count else {}
     group_of = {name: accumulator.group_of[layers[0]] for name, layers in owners.items()}
     if two_pass:
-        if bool((finite & valid | ~batch.mask).all()):
-            return Grads(second_pass(model, losses, weights, group_of), stats, counts)
-        return bounded_sum(model, loss, batch, plan)  # a non-finite example would poison the native sum
+        clean = bool((finite & valid | ~mask).all())
+        return Grads(second_pass(model, losses, weights, group_of), stats, counts) if clean else None
     with torch.no_grad():
         clean = bool(finite.all()) and bool(losses.isfinite().all())
         sums = {}
@@ -282,27 +323,48 @@ def proven_sum(model: nn.Module, loss: Loss, batch: Batch, plan: Plan) -> Grads:
         within ``loss_clip`` whatever the loss does, and is zero for padding and for examples that are not finite (pitfalls.md L15).
     Source: math.md section 5.
     """
-    parameters, size = trainable(model), batch_size(batch.x)
+    size = batch_size(batch.x)
     with torch.enable_grad():
         output = call_model(model, batch.x)
         check_output(output, size)
         seen = output.detach().requires_grad_()
         losses = example_losses(loss, seen, batch.y, size)
-        (cotangent,) = torch.autograd.grad(losses.sum(), seen)
+    return sum_below(model, output, seen, losses, batch.mask, plan, batch.factor)
+
+
+def sum_below(
+    model: nn.Module, output: Tensor, seen: Tensor, losses: Tensor, mask: Tensor, plan: Plan, factor: Tensor | None = None
+) -> Grads:
+    """The sum of gradients from a model's output down, each example's loss gradient in that output scaled to the plan's ``loss_clip``.
+
+    Args:
+        model: the model that was called.
+        output: its output, with its graph.
+        seen: the tensor that the losses were computed from: the output, or a detached copy.
+        losses: per-example losses ``[B]``.
+        mask: bool ``[B]``; False marks padding.
+        plan: a plan with proven bounds.
+        factor: what ``loss_clip`` is multiplied by.
+    Returns:
+        The sums.
+    Guarantee, Source: as ``proven_sum``.
+    """
+    parameters = trainable(model)
+    (cotangent,) = torch.autograd.grad(losses.sum(), seen, retain_graph=seen is output)
     with torch.no_grad():
-        used = batch.mask & losses.isfinite() & cotangent.flatten(1).isfinite().all(1)
+        used = mask & losses.isfinite() & cotangent.flatten(1).isfinite().all(1)
         cotangent = per_example(used, cotangent)
-        limit = limit_of(plan.loss_clip, batch.factor)
+        limit = limit_of(plan.loss_clip, factor)
         norm = cotangent.flatten(1).norm(dim=1)
         cotangent = cotangent * column(limit / norm.clamp(min=limit), cotangent)
-        counts = count_below(plan, used & (norm <= limit), batch.mask)
+        counts = count_below(plan, used & (norm <= limit), mask)
     gradients = torch.autograd.grad(output, list(parameters.values()), cotangent, allow_unused=True)
     sums = {n: zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
     stats = {
         "loss": per_example(used, losses.detach()).sum(),
-        "count": batch.mask.sum(),
+        "count": mask.sum(),
         "clipped": (used & (norm > limit)).sum(),
-        "nonfinite": (batch.mask & ~used).sum(),
+        "nonfinite": (mask & ~used).sum(),
     }
     return Grads(sums, stats, counts)
 
@@ -350,14 +412,20 @@ def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor],
 
 def plain_sum(model: nn.Module, loss: Loss, batch: Batch) -> Grads:
     """The unclipped sum by ordinary backpropagation: what ``non_private`` and proven bounds need."""
-    parameters = trainable(model)
     with torch.enable_grad():
         losses = example_losses(loss, call_model(model, batch.x), batch.y, batch_size(batch.x))
-        total = torch.where(batch.mask, losses, torch.zeros_like(losses)).sum()
+    return loss_sum(model, losses, batch.mask)
+
+
+def loss_sum(model: nn.Module, losses: Tensor, mask: Tensor) -> Grads:
+    """The unclipped sum from per-example losses ``[B]``."""
+    parameters = trainable(model)
+    with torch.enable_grad():
+        total = torch.where(mask, losses, torch.zeros_like(losses)).sum()
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     sums = {n: zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
     zero = losses.new_zeros(())
-    count = batch.mask.sum()
+    count = mask.sum()
     return Grads(sums, {"loss": total.detach(), "count": count, "clipped": zero, "nonfinite": zero})
 
 
