@@ -1,0 +1,575 @@
+"""Private training in a loop of the user's own: ``PrivacyEngine`` and its loader.
+
+The user calls the model and gives per-example losses to ``optimizer.step``; everything from there on is the trainer's: the sum of bounded
+gradients (``gradients.py``), the release (``dptrain.step.Update``), noise and accounting. There is no second implementation of any of it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_flatten
+
+from accounting import NeighboringRelation, PrivacyLedger
+from dptrain.budget import Budget, Schedule
+from dptrain.config import Performance, Privacy
+from dptrain.errors import ConfigError, RunError, UnsupportedModelError
+from dptrain.inforce import PlanInForce
+from dptrain.mechanism import release_event
+from dptrain.plan import Plan
+from dptrain.randomness import NOISE, RandomKey
+from dptrain.step import Release, Update
+from dptrain.strategies import SensitivityStrategy
+from dptrain_torch import engine, gradients, graph
+from dptrain_torch.backend import TorchBackend
+from dptrain_torch.describe import facts_of_calls
+from dptrain_torch.first_step import check_first_step
+from dptrain_torch.hooks import Tap, find_units
+from dptrain_torch.loader import Ticket, private_loader
+from dptrain_torch.migration import understood
+
+FIRST_CALLS = 3  # layers whose cotangents show whether examples are mixed anywhere above them
+
+
+@dataclass
+class Recording:
+    """The forward passes since the last step.
+
+    Args:
+        tap: what the trainable layers saw.
+        output: of the last pass, where a bound rests on the whole model.
+        outputs: floating tensors that the passes returned, for the check of the first step.
+    """
+
+    tap: Tap
+    output: Any = None
+    outputs: list[Tensor] | None = None
+
+
+class PrivacyEngine:
+    """Makes an optimizer's steps private.
+
+        engine = PrivacyEngine(model, sample_size=len(data), expected_batch_size=256, epochs=3, target_epsilon=3, max_grad_norm=0.1)
+        engine.attach(optimizer)
+        for x, y in engine.loader(data):
+            optimizer.step(loss=F.cross_entropy(model(x), y, reduction="none"))
+
+    Args:
+        module: any module; the trainable parameters are those with ``requires_grad``.
+        sample_size: N, number of training examples, a public constant.
+        expected_batch_size: q N; ``batch_size`` is the same. Or ``sample_rate``: q.
+        epochs: expected passes over the data; or ``steps``.
+        target_epsilon: budget; or ``noise_multiplier``: sigma, standard deviation of the noise over the sensitivity of the joint release.
+        target_delta: by default the smaller of 1e-5 and ``1 / (2 N)``.
+        strategy: ``mixed_ghost`` (default), ``ghost``, ``per_sample``, ``clipless``, ``non_private``, or a strategy object.
+        max_grad_norm: C, the L2 bound on one example's gradient.
+        sampling: ``poisson`` with ``engine.loader``, or ``shuffle`` for a shuffled loader of your own, which claims no amplification.
+        physical_batch_size: examples processed at once by ``engine.loader``; by default nearly every logical batch whole.
+        accountant, relation, allocation, noise_weights, unsafe_seed: as in ``dptrain.Privacy``.
+        ledger: where releases are recorded: a ``PrivacyLedger``, the path of one, which is continued if it exists, or None for memory.
+        probe: a small batch of inputs, on which the model is validated here and now; without it that happens at the first step.
+        loss: for ``clipless``, a loss of ``dptrain_torch.get_loss``, or the Lipschitz constant of your own per-example loss.
+        ghost_clipping, mixed, clip_function, accounting_mode: as in private_vision.
+        settings: further fields of the strategy.
+    Raises:
+        ConfigError, UnsupportedModelError: anything wrong with the settings or the model.
+        AccountingError: the budget cannot be reached.
+    Guarantee: the weights at any time are post-processing of the releases in ``ledger``, from which alone epsilon is computed. With
+        ``poisson`` batches come from ``engine.loader``; with ``shuffle`` the guarantee rests on your loader giving each example at most
+        once per pass.
+    Source: ``dptrain/step.py``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        sample_size: int,
+        expected_batch_size: float | None = None,
+        batch_size: float | None = None,
+        sample_rate: float | None = None,
+        epochs: float | None = None,
+        steps: int | None = None,
+        target_epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        target_delta: float | None = None,
+        strategy: str | SensitivityStrategy | None = None,
+        max_grad_norm: float | None = None,
+        sampling: Literal["poisson", "shuffle"] = "poisson",
+        physical_batch_size: int | None = None,
+        accountant: Literal["prv", "rdp"] | None = None,
+        relation: NeighboringRelation | str = NeighboringRelation.add_remove,
+        allocation: str = "global",
+        noise_weights: Mapping[str, float] | None = None,
+        unsafe_seed: int | None = None,
+        ledger: PrivacyLedger | str | Path | None = None,
+        probe: Any = None,
+        loss: Any = None,
+        **settings: Any,
+    ) -> None:
+        if expected_batch_size is not None and batch_size is not None:
+            raise ConfigError("batch_size and expected_batch_size are the same; give one.")
+        old = understood(settings, strategy, max_grad_norm, accountant)
+        self.module, self.strategy, self.loss_constant = module, old.strategy, loss
+        batch = expected_batch_size if expected_batch_size is not None else batch_size
+        self.schedule = Schedule.make(sample_size, batch, sample_rate, epochs, steps, sampling)
+        self.physical_batch_size = physical_batch_size
+        self.budget: Budget | None = None
+        if self.strategy.name != "non_private":
+            delta = min(1e-5, 1 / (2 * sample_size)) if target_delta is None else target_delta
+            privacy = Privacy.model_validate(
+                {
+                    "target_epsilon": as_float(target_epsilon), "noise_multiplier": as_float(noise_multiplier), "target_delta": delta,
+                    "accountant": old.accountant, "relation": relation, "allocation": allocation,
+                    "noise_weights": dict(noise_weights or {}), "unsafe_seed": unsafe_seed,
+                }
+            )  # fmt: skip
+            self.budget = Budget(privacy, self.schedule, ledger)
+        self.unsafe_seed = unsafe_seed
+        self.backend = TorchBackend(Performance(device="cpu"))  # only its functions on tensors, wherever those are
+        self.units = find_units(module)
+        if not self.units:
+            raise UnsupportedModelError(["no parameter is trainable; unfreeze a layer."])
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.plan: Plan | None = None
+        self.last_stats: dict[str, float] = {}
+        self.stepped = False
+        self._update: Update | None = None
+        self._in_force: PlanInForce | None = None
+        self._certified: dict[str, np.ndarray] = {}
+        self._names = frozenset(gradients.trainable(module))
+        self._noise_key = RandomKey.make(NOISE, unsafe_seed)
+        self._index = 0
+        self.sampling_key: RandomKey | None = None
+        self.drawn = 0  # logical batches drawn by loaders
+        self._checked = False
+        self._handles: list[Any] = []
+        self._depth = 0
+        self._recording: Recording | None = None
+        self._ticket: Ticket | None = None
+        self._served = False  # whether the ticket was used
+        self._total: gradients.Grads | None = None
+        self._count = 0
+        self._position = 0  # examples since the start of a pass, with shuffle
+        self._widest = 0
+        if self.strategy.proves and probe is None:
+            raise ConfigError("Strategy clipless proves its bounds from the model's graph: give probe, a small batch of inputs.")
+        if probe is not None:
+            self._validate(probe)
+
+    # --- settings and results ---
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma; 0 in non-private training."""
+        return self.budget.noise_multiplier if self.budget else 0.0
+
+    @property
+    def sample_rate(self) -> float:
+        """q of the accountant: 1 with ``shuffle``."""
+        return self.schedule.sample_rate
+
+    @property
+    def num_steps(self) -> int | None:
+        """Planned logical batches."""
+        return self.schedule.num_steps
+
+    @property
+    def steps(self) -> int:
+        """Logical batches applied in this session."""
+        return self._index
+
+    @property
+    def steps_left(self) -> int | None:
+        """Logical batches left of the planned ones."""
+        planned = self.schedule.num_steps
+        return None if planned is None else max(0, planned - (self.budget.steps if self.budget else self._index))
+
+    @property
+    def ledger(self) -> PrivacyLedger:
+        """Every release.
+
+        Raises:
+            RunError: training is not private.
+        """
+        return self._private().ledger
+
+    def _private(self) -> Budget:
+        if self.budget is None:
+            raise RunError("The strategy is non_private, so there is no ledger and no epsilon.")
+        return self.budget
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Epsilon of every release so far.
+
+        Args:
+            delta: by default ``target_delta``.
+        Returns:
+            An upper bound, by the engine's accountant and for its neighbouring relation.
+        """
+        return self._private().epsilon(delta)
+
+    get_epsilon = epsilon
+
+    def statement(self, delta: float | None = None) -> str:
+        """What may be promised of the weights: epsilon with delta, relation, sampling and accountant."""
+        return self._private().statement(delta) if self.budget else "Trained without differential privacy; no epsilon exists."
+
+    def get_privacy_spent(self, **_: Any) -> dict[str, Any]:
+        """Epsilon and what it refers to, as plain data; arguments of private_vision are accepted and have no effect."""
+        budget = self._private()
+        privacy = budget.privacy
+        return {
+            "epsilon": budget.epsilon(), "delta": privacy.target_delta, "accountant": privacy.accountant,
+            "neighboring_relation": privacy.relation.value, "sampling": self.schedule.sampling, "releases": budget.ledger.num_releases,
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"PrivacyEngine({type(self.module).__name__}, {self.strategy.name}: {self.statement()})"
+
+    # --- attaching ---
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give an optimizer ``step(loss=...)`` and ``virtual_step(loss=...)``, and start watching the model.
+
+        Args:
+            optimizer: any torch optimizer that steps without a closure, over all trainable parameters of the model and no others.
+        Raises:
+            ConfigError: it is another kind, or holds other parameters.
+        """
+        if self.optimizer is not None or hasattr(optimizer, "privacy_engine"):
+            raise ConfigError("An engine is attached already; detach it first.")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError("LBFGS evaluates the loss several times per step through a closure; use an optimizer that does not.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        own = {id(p): name for name, p in gradients.trainable(self.module).items()}
+        if held - own.keys():
+            raise ConfigError(
+                "The optimizer holds trainable parameters that are not the model's; they would never be trained. Remove them."
+            )
+        missing = [name for i, name in own.items() if i not in held]
+        if missing:
+            raise ConfigError(
+                f"The optimizer lacks {len(missing)} trainable parameters ({', '.join(missing[:3])} ...): they would use up the bound and "
+                "never be trained; freeze them with requires_grad_(False) before making the engine, or give them to the optimizer."
+            )
+        original = optimizer.step
+
+        def step(_self: Any, closure: Any = None, *, loss: Tensor | None = None) -> None:
+            self._take_in(loss, closure, last=True)
+
+        def virtual_step(_self: Any, *, loss: Tensor | None = None) -> None:
+            self._take_in(loss, None, last=False)
+
+        shadow: Any = optimizer
+        self._original = original if "step" in vars(optimizer) else None
+        shadow.step, shadow.virtual_step = types.MethodType(step, optimizer), types.MethodType(virtual_step, optimizer)
+        shadow.privacy_engine, shadow.get_privacy_spent = self, self.get_privacy_spent
+        self.optimizer = optimizer
+        self._inner = Inner(optimizer, original)
+        self._handles = [self.module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)]
+
+    def detach(self) -> None:
+        """Leave model and optimizer as they were; a partial logical batch is discarded. The ledger stays."""
+        self.discard()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.optimizer is not None:
+            shadow: Any = self.optimizer
+            for name in ("step", "virtual_step", "privacy_engine", "get_privacy_spent"):
+                vars(shadow).pop(name, None)
+            if self._original is not None:
+                shadow.step = self._original
+        self.optimizer = None
+
+    # --- watching the model ---
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._depth == 0 and torch.is_grad_enabled():
+            first = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()), None)
+            if first is not None:
+                if self._recording is None:
+                    self._recording = Recording(Tap(self.units, len(first)), outputs=[])
+                self._recording.tap.batch = len(first)
+                self._recording.tap.__enter__()
+        if self._depth == 0:  # now, so that it runs after the tap's own hook where the whole model is one layer
+            self._leave = module.register_forward_hook(self._after, always_call=True)
+        self._depth += 1
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self._leave.remove()
+        if self._recording is not None and torch.is_grad_enabled():
+            self._recording.tap.__exit__(None, None, None)
+            self._recording.output = output
+            found = [z for z in tree_flatten(output)[0] if isinstance(z, Tensor) and z.requires_grad and z.dim()]
+            assert self._recording.outputs is not None
+            self._recording.outputs += [] if self._checked else found
+
+    # --- the loader ---
+    def loader(self, data: Any, *, physical_batch_size: int | None = None, **options: Any) -> Any:
+        """Batches to train on.
+
+        With ``poisson``: each logical batch draws every example independently with probability q, split into physical batches of one
+        fixed size, the last one padded; the engine gives padding weight 0, and noise is added once per logical batch. One pass of a ``for``
+        loop is an expected pass over the data; it ends early when the planned steps are used up.
+
+        With ``shuffle``: the passes of a ``DataLoader`` of your own, as they are.
+
+        Args:
+            data: a map-style data set, or a ``DataLoader`` over one, whose data set, collate function and workers are taken over.
+            physical_batch_size: B; by default the engine's.
+            options: of ``torch.utils.data.DataLoader``: ``num_workers``, ``collate_fn``, ``pin_memory`` and so on.
+        Returns:
+            An iterable; each pass draws anew.
+        Raises:
+            ConfigError: the data set has another size than ``sample_size``, no size, or a sampler of its own.
+        """
+        return private_loader(self, data, physical_batch_size or self.physical_batch_size, options)
+
+    def arrive(self, ticket: Ticket) -> None:
+        """A physical batch is about to be handed out."""
+        self.check_served()
+        self._ticket, self._served, self._recording = ticket, False, None
+
+    def check_served(self) -> None:
+        """Refuse to go on after a batch that was handed out and not stepped on.
+
+        Raises:
+            RunError: there is one; its logical batch is discarded.
+        """
+        if self._ticket is not None and not self._served:
+            self.discard()
+            raise RunError(
+                "A batch of engine.loader was not passed to optimizer.step(loss=...); every batch must be, or the noise of its logical "
+                "batch would be added to a part of it."
+            )
+
+    def new_pass(self) -> None:
+        """A pass over shuffled data begins."""
+        self._position = 0
+
+    def discard(self) -> None:
+        """Forget a partial logical batch; nothing of it was released (pitfalls.md G22)."""
+        self._ticket, self._served, self._recording, self._total, self._count = None, False, None, None, 0
+
+    # --- one step ---
+    def _take_in(self, loss: Tensor | None, closure: Any, last: bool) -> None:
+        """Take in a physical batch, and release if it is the last of its logical batch."""
+        self.stepped = False
+        if closure is not None:
+            raise ConfigError(
+                "optimizer.step takes no closure here: it would evaluate the loss again; give loss=..., one value per example."
+            )
+        recording, mask, last, count = self._admit(loss, last)
+        assert loss is not None
+        if self._update is None:
+            self._prepare(recording, len(loss))
+        self._same_parameters()
+        grads = self._bounded_sum(recording, loss, mask)
+        self._recording, self._served = None, True
+        self._total = grads if self._total is None else self.backend.add(self._total, grads)
+        self._count += count
+        if last:
+            self._release()
+
+    def _admit(self, loss: Tensor | None, last: bool) -> tuple[Recording, Tensor, bool, int]:
+        """Check a loss against the forward pass and the loader; returns recording, mask, whether the batch ends, its examples."""
+        if not isinstance(loss, Tensor) or loss.dim() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UnsupportedModelError(
+                [f"optimizer.step needs loss=..., one value per example [B], not {shape}; use reduction='none'."]
+            )
+        if not loss.requires_grad or self._recording is None:
+            raise UnsupportedModelError(
+                ["the loss depends on no trainable parameter, or the model was not called since the last step; call the model that the "
+                 "engine was made for, with gradients enabled, and give its loss to optimizer.step."]
+            )  # fmt: skip
+        recording = self._recording
+        if self.schedule.sampling == "shuffle":
+            return recording, torch.ones(len(loss), dtype=torch.bool, device=loss.device), self._shuffled(len(loss), last), len(loss)
+        if self._ticket is None or self._served:
+            raise RunError(
+                "This batch does not come from engine.loader(data), so nothing is known of how its examples were chosen; use that loader, "
+                "or sampling='shuffle' for a shuffled loader of your own, which claims no amplification by sampling."
+            )
+        ticket = self._ticket
+        if len(loss) != len(ticket.mask):
+            raise UnsupportedModelError(
+                [
+                    f"the loss has {len(loss)} values for a physical batch of {len(ticket.mask)}; give one value per example, padding too."
+                ]
+            )
+        return recording, torch.from_numpy(ticket.mask).to(loss.device), ticket.last, int(ticket.mask.sum())
+
+    def _shuffled(self, size: int, last: bool) -> bool:
+        """Count the examples of a pass, and refuse what could hold an example twice."""
+        n, limit = self.schedule.num_examples, self.schedule.expected_batch_size
+        self._widest = max(self._widest, size)
+        whole = n // self._widest * self._widest  # where a loader with drop_last ends its pass
+        if self._position >= whole and size != n - self._position:
+            if self._total is not None:
+                self.discard()
+                raise RunError("A logical batch would span two passes over the data and could hold an example twice; step at a pass' end.")
+            self._position = 0
+        if self._count + size > limit + 1e-9:
+            count = self._count + size
+            self.discard()
+            raise RunError(
+                f"A logical batch has {count} examples, more than the expected_batch_size of {limit:g}; raise that, or step earlier."
+            )
+        self._position += size
+        return last
+
+    def _same_parameters(self) -> None:
+        """Refuse parameters that were frozen or unfrozen since the plan was made (pitfalls.md G4)."""
+        if frozenset(gradients.trainable(self.module)) != self._names:
+            self.discard()
+            raise ConfigError("Parameters were frozen or unfrozen after the engine was made; make a new engine that continues the ledger.")
+
+    def _bounded_sum(self, recording: Recording, loss: Tensor, mask: Tensor) -> gradients.Grads:
+        """The trainer's sum, from the user's own forward pass."""
+        assert self.plan is not None and self._update is not None
+        factor = self._update.factor
+        scale = None if factor == 1.0 else torch.tensor(factor, dtype=loss.dtype, device=loss.device)
+        if self.plan.loss_clip is not None:
+            self._recertify()
+            output = recording.output
+            gradients.check_output(output, len(loss))
+            return gradients.sum_below(self.module, output, output, loss, mask, self.plan, scale)
+        if not self.plan.needs_norms:
+            return gradients.loss_sum(self.module, loss, mask)
+        norms: dict[str, Tensor] = {}
+        first = not self._checked
+        watched = recording.tap.calls[:FIRST_CALLS] if first else []
+        edges = [get_gradient_edge(z) for call in watched for z in call.outputs if z.requires_grad]
+        found = gradients.tapped_sum(
+            self.module, recording.tap, loss, mask, self.plan, scale, norms_out=norms if first else None, retain_graph=first
+        )
+        assert found is not None
+        if first:
+            check_first_step(self.module, self.plan, edges, recording.outputs or [], loss, mask, norms)
+            self._checked = True
+        return found
+
+    def _release(self) -> None:
+        """Record, add noise, apply: once per logical batch."""
+        assert self._update is not None and self._total is not None
+        total, count = self._total, self._count
+        self._total, self._count = None, 0
+        if self.budget is not None and self.budget.begin():
+            self._update.record(self._index)
+        index, self._index = self._index, self._index + 1
+        self.last_stats = self._update.finish(index, total, count)
+        if self.strategy.proves and self._in_force is not None and self._in_force.info.graph is not None:
+            self._certified = graph.weights(self.module, self._in_force.info.graph)
+        self.stepped = True
+
+    # --- plans ---
+    def _prepare(self, recording: Recording, size: int) -> None:
+        """The plan, from what the first forward pass showed."""
+        info = facts_of_calls(self.module, self.units, recording.tap.calls, size)
+        self._adopt(self.strategy.plan(info), info)
+
+    def _adopt(self, plan: Plan, info: Any) -> None:
+        release, self.plan = None, plan
+        if self.budget is not None:
+            mechanism, privacy = self.budget.mechanism, self.budget.privacy
+            stds = mechanism.stds(plan, privacy.relation)
+            event = release_event(plan, stds, self.schedule.sample_rate, privacy.relation)
+            release = Release(stds, event, self._noise_key, self.budget.ledger)
+            expected = self.schedule.expected_batch_size
+            in_force = PlanInForce(self.strategy, info, plan, mechanism, privacy.relation, expected)
+            self._in_force = in_force if in_force.moves else None
+        inner = self._inner if self.optimizer is not None else None
+        self._update = Update(
+            self.backend, self.module, inner or Late(self), plan, self.schedule.expected_batch_size, release, self._in_force
+        )
+
+    def _validate(self, probe: Any) -> None:
+        """Validate the model, and for a proof restore and certify its constraints, on a small batch of inputs."""
+        if not self.strategy.proves:
+            engine.validate(self.module, probe)
+            return
+        engine.project(self.module, probe)
+        info = engine.facts(self.module, probe, self.loss_constant)
+        if info.loss_lipschitz is None:
+            raise ConfigError("Strategy clipless needs loss, a loss of dptrain_torch.get_loss or the Lipschitz constant of your own.")
+        self._adopt(self.strategy.plan(info), info)
+        assert info.graph is not None
+        self._certified = graph.weights(self.module, info.graph)
+
+    def _recertify(self) -> None:
+        """Prove the bounds again if somebody else has written weights since the last step."""
+        moving = self._in_force
+        assert moving is not None and moving.info.graph is not None
+        now = graph.weights(self.module, moving.info.graph)
+        if not all(np.array_equal(value, self._certified[name]) for name, value in now.items()):
+            moving.restore({"scale": np.asarray(moving.scale)}, now)
+            self._certified = now
+
+    # --- resuming ---
+    def state_dict(self) -> dict[str, Any]:
+        """Releases and steps, as plain data; the model's and the optimizer's states are their own. Keys are never part of it."""
+        moving = {} if self._in_force is None else {k: np.asarray(v).tolist() for k, v in self._in_force.state().items()}
+        return {"index": self._index, "budget": self.budget.state() if self.budget else None, "in_force": moving}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``state_dict``; what this engine has spent already stays spent.
+
+        Args:
+            state: from ``state_dict``.
+        Raises:
+            RunError: it is not such a state, or that of a non-private run.
+        """
+        if not isinstance(state, Mapping) or "budget" not in state or (state["budget"] is None) != (self.budget is None):
+            raise RunError("This is not the state of such an engine; pass what state_dict() returned.")
+        if self.budget is not None:
+            self.budget.restore(state["budget"])
+        self._index = max(self._index, int(state.get("index", 0)))
+        self.discard()
+        if self._in_force is not None and state.get("in_force"):
+            weights = graph.weights(self.module, self._in_force.info.graph) if self._in_force.info.graph is not None else {}
+            self._in_force.restore({k: np.asarray(v) for k, v in state["in_force"].items()}, weights)
+
+
+@dataclass
+class Inner:
+    """An optimizer with the step that it had before the engine came."""
+
+    optimizer: torch.optim.Optimizer
+    step: Callable[..., Any]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return self.optimizer.param_groups
+
+
+@dataclass
+class Late:
+    """Stands for the optimizer of an engine that is attached later."""
+
+    engine: PrivacyEngine
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return self.engine._inner.param_groups
+
+    def step(self) -> None:
+        """The optimizer's own step."""
+        self.engine._inner.step()
+
+
+def as_float(value: float | None) -> float | None:
+    """A number as the float that strict settings want."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
