@@ -31,7 +31,7 @@ def check_first_step(
     losses: Tensor,
     mask: Tensor,
     norms: Mapping[str, Tensor],
-) -> None:
+) -> bool:
     """Refuse a step whose bounded sum would not be what it claims.
 
     Args:
@@ -42,6 +42,8 @@ def check_first_step(
         losses: per-example losses ``[B]``.
         mask: bool ``[B]``; False marks padding.
         norms: group -> norms ``[B]``, as the tap took them.
+    Returns:
+        Whether there was an example to look at; a batch of padding alone has none.
     Raises:
         UnsupportedModelError: lists every problem.
     """
@@ -49,7 +51,7 @@ def check_first_step(
     members: dict[str, list[int]] = {}
     for position, name in enumerate(parameters):
         members.setdefault(groups[name], []).append(position)
-    usable = [i for i in range(len(losses)) if bool(losses[i].isfinite())]
+    usable = [i for i in range(len(losses)) if bool(mask[i]) and bool(losses[i].isfinite())]
     problems: list[str] = []
     for i in usable[:EXAMPLES]:
         ask: list[Any] = [*parameters.values(), *edges, *outputs]
@@ -71,6 +73,7 @@ def check_first_step(
                 )
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))
+    return bool(usable)
 
 
 def coupled(gradients: tuple[Tensor | None, ...], i: int, batch: int) -> list[str]:

@@ -147,6 +147,11 @@ class Tap:
             hook.remove()
         self._hooks = []
 
+    def forget(self, stale: set[int]) -> None:
+        """Drop calls, given by ``id``, that the loss will not be traced back to."""
+        self.calls = [call for call in self.calls if id(call) not in stale]
+        self._edges = [edge for edge in self._edges if id(edge[0]) not in stale]
+
     def _hook(self, unit: Unit) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,11 +47,23 @@ class Recording:
         tap: what the trainable layers saw.
         output: of the last pass, where a bound rests on the whole model.
         outputs: floating tensors that the passes returned, for the check of the first step.
+        passes: examples of each pass, and calls seen up to its end.
     """
 
     tap: Tap
     output: Any = None
-    outputs: list[Tensor] | None = None
+    outputs: list[Tensor] = field(default_factory=list)
+    passes: list[tuple[int, int]] = field(default_factory=list)
+
+    def keep(self, batch: int) -> None:
+        """Forget the calls of passes over another number of examples: evaluations in between, which the loss does not come from."""
+        start, stale = 0, set[int]()
+        for size, end in self.passes:
+            if size != batch:
+                stale.update(id(call) for call in self.tap.calls[start:end])
+            start = end
+        self.tap.forget(stale)
+        self.tap.batch, self.passes = batch, []
 
 
 class PrivacyEngine:
@@ -267,6 +279,8 @@ class PrivacyEngine:
         def virtual_step(_self: Any, *, loss: Tensor | None = None) -> None:
             self._take_in(loss, None, last=False)
 
+        if hasattr(original, "_wrapped_by_lr_sched"):  # a scheduler counts the steps of the optimizer, and ours calls its own
+            step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         shadow: Any = optimizer
         self._original = original if "step" in vars(optimizer) else None
         shadow.step, shadow.virtual_step = types.MethodType(step, optimizer), types.MethodType(virtual_step, optimizer)
@@ -295,7 +309,7 @@ class PrivacyEngine:
             first = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()), None)
             if first is not None:
                 if self._recording is None:
-                    self._recording = Recording(Tap(self.units, len(first)), outputs=[])
+                    self._recording = Recording(Tap(self.units, len(first)))
                 self._recording.tap.batch = len(first)
                 self._recording.tap.__enter__()
         if self._depth == 0:  # now, so that it runs after the tap's own hook where the whole model is one layer
@@ -311,8 +325,8 @@ class PrivacyEngine:
             self._recording.tap.__exit__(None, None, None)
             self._recording.output = output
             found = [z for z in tree_flatten(output)[0] if isinstance(z, Tensor) and z.requires_grad and z.dim()]
-            assert self._recording.outputs is not None
             self._recording.outputs += [] if self._checked else found
+            self._recording.passes.append((self._recording.tap.batch, len(self._recording.tap.calls)))
 
     # --- the loader ---
     def loader(self, data: Any, *, physical_batch_size: int | None = None, **options: Any) -> Any:
@@ -371,9 +385,10 @@ class PrivacyEngine:
             )
         recording, mask, last, count = self._admit(loss, last)
         assert loss is not None
+        self._same_parameters()
+        recording.keep(len(loss))
         if self._update is None:
             self._prepare(recording, len(loss))
-        self._same_parameters()
         grads = self._bounded_sum(recording, loss, mask)
         self._recording, self._served = None, True
         self._total = grads if self._total is None else self.backend.add(self._total, grads)
@@ -385,9 +400,7 @@ class PrivacyEngine:
         """Check a loss against the forward pass and the loader; returns recording, mask, whether the batch ends, its examples."""
         if not isinstance(loss, Tensor) or loss.dim() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise UnsupportedModelError(
-                [f"optimizer.step needs loss=..., one value per example [B], not {shape}; use reduction='none'."]
-            )
+            raise UnsupportedModelError([f"optimizer.step needs loss=..., one value per example [B], not {shape}; use reduction='none'."])
         if not loss.requires_grad or self._recording is None:
             raise UnsupportedModelError(
                 ["the loss depends on no trainable parameter, or the model was not called since the last step; call the model that the "
@@ -404,9 +417,7 @@ class PrivacyEngine:
         ticket = self._ticket
         if len(loss) != len(ticket.mask):
             raise UnsupportedModelError(
-                [
-                    f"the loss has {len(loss)} values for a physical batch of {len(ticket.mask)}; give one value per example, padding too."
-                ]
+                [f"the loss has {len(loss)} values for a physical batch of {len(ticket.mask)}; give one value per example, padding too."]
             )
         return recording, torch.from_numpy(ticket.mask).to(loss.device), ticket.last, int(ticket.mask.sum())
 
@@ -456,8 +467,7 @@ class PrivacyEngine:
         )
         assert found is not None
         if first:
-            check_first_step(self.module, self.plan, edges, recording.outputs or [], loss, mask, norms)
-            self._checked = True
+            self._checked = check_first_step(self.module, self.plan, edges, recording.outputs, loss, mask, norms)
         return found
 
     def _release(self) -> None:
@@ -520,7 +530,7 @@ class PrivacyEngine:
     def state_dict(self) -> dict[str, Any]:
         """Releases and steps, as plain data; the model's and the optimizer's states are their own. Keys are never part of it."""
         moving = {} if self._in_force is None else {k: np.asarray(v).tolist() for k, v in self._in_force.state().items()}
-        return {"index": self._index, "budget": self.budget.state() if self.budget else None, "in_force": moving}
+        return {"index": self._index, "drawn": self.drawn, "budget": self.budget.state() if self.budget else None, "in_force": moving}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of ``state_dict``; what this engine has spent already stays spent.
@@ -535,6 +545,7 @@ class PrivacyEngine:
         if self.budget is not None:
             self.budget.restore(state["budget"])
         self._index = max(self._index, int(state.get("index", 0)))
+        self.drawn = max(self.drawn, int(state.get("drawn", 0)))
         self.discard()
         if self._in_force is not None and state.get("in_force"):
             weights = graph.weights(self.module, self._in_force.info.graph) if self._in_force.info.graph is not None else {}
@@ -570,6 +581,6 @@ class Late:
         self.engine._inner.step()
 
 
-def as_float(value: float | None) -> float | None:
+def as_float(value: Any) -> Any:
     """A number as the float that strict settings want."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if type(value) is int else value
