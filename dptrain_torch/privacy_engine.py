@@ -146,6 +146,7 @@ class PrivacyEngine:
             )  # fmt: skip
             self.budget = Budget(privacy, self.schedule, ledger)
         self.unsafe_seed = unsafe_seed
+        refuse_wrappers(module)
         self.backend = TorchBackend(Performance(device="cpu"))  # only its functions on tensors, wherever those are
         self.units = find_units(module)
         if not self.units:
@@ -579,6 +580,19 @@ class Late:
     def step(self) -> None:
         """The optimizer's own step."""
         self.engine._inner.step()
+
+
+def refuse_wrappers(module: nn.Module) -> None:
+    """Refuse what calls the model in a way that the engine cannot follow.
+
+    Raises:
+        ConfigError: a compiled or parallel wrapper, or several processes.
+    """
+    name = type(module).__name__
+    if name in ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise ConfigError(f"PrivacyEngine needs the model itself, not its {name}; give it the module inside, and train on one device.")
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ConfigError("PrivacyEngine draws one sample and one noise on one process; several would each add their own. Run one process.")
 
 
 def as_float(value: Any) -> Any:
