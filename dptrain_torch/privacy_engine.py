@@ -24,6 +24,7 @@ from dptrain.config import Performance, Privacy
 from dptrain.errors import ConfigError, RunError, UnsupportedModelError
 from dptrain.inforce import PlanInForce
 from dptrain.mechanism import release_event
+from dptrain.migration import understood
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, RandomKey
 from dptrain.step import Release, Update
@@ -31,10 +32,9 @@ from dptrain.strategies import SensitivityStrategy
 from dptrain_torch import engine, gradients, graph
 from dptrain_torch.backend import TorchBackend
 from dptrain_torch.describe import facts_of_calls
-from dptrain_torch.first_step import check_first_step
+from dptrain_torch.fitting.first_step import check_first_step
+from dptrain_torch.fitting.loader import Ticket, private_loader
 from dptrain_torch.hooks import Tap, find_units
-from dptrain_torch.loader import Ticket, private_loader
-from dptrain_torch.migration import understood
 
 FIRST_CALLS = 3  # layers whose cotangents show whether examples are mixed anywhere above them
 
