@@ -82,7 +82,7 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     for stream, (name, value) in enumerate(total.sums.items()):
         dtype = np.float64 if value.dtype == torch.float64 else np.float32
         drawn = torch.from_numpy(noise.normal(stream, tuple(value.shape), dtype)).to(value.device, value.dtype)
-        sums[name] = value + stds[groups[name]] * drawn
+        sums[name] = drawn.mul_(stds[groups[name]]).add_(value)
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
