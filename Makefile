@@ -19,6 +19,12 @@ demo: $(STAMP)
 	$(BIN)/dptrain train examples/mnist.yaml --backend torch
 	$(BIN)/dptrain train examples/mnist.yaml --backend tensorflow
 
+# Two processes, one per core: with more threads each they wait for each other, spinning.
+test: export OMP_NUM_THREADS = 1
+test: export OMP_WAIT_POLICY = PASSIVE
+test: export MKL_NUM_THREADS = 1
+test: export TF_NUM_INTRAOP_THREADS = 1
+test: export TF_NUM_INTEROP_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
