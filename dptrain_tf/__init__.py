@@ -5,8 +5,13 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the import: TensorFlow greets on stderr otherwise
 
 from dptrain_tf.describe import describe
-from dptrain_tf.engine import check_bounds, clipped_sum, make_plan, per_sample_norms, project, self_check
+from dptrain_tf.engine import check_bounds, clipped_sum, make_plan, per_sample_norms, project, self_check, validate
+from dptrain_tf.fix import fix
 from dptrain_tf.lipschitz import *  # noqa: F403
 from dptrain_tf.lipschitz import __all__ as _layers
+from dptrain_tf.privacy_engine import PrivacyCallback, PrivacyEngine, make_private
 
-__all__ = [*_layers, "check_bounds", "clipped_sum", "describe", "make_plan", "per_sample_norms", "project", "self_check"]
+__all__ = [
+    *_layers, "PrivacyCallback", "PrivacyEngine", "check_bounds", "clipped_sum", "describe", "fix", "make_plan", "make_private",
+    "per_sample_norms", "project", "self_check", "validate",
+]  # fmt: skip

@@ -38,6 +38,7 @@ class TensorFlowBackend:
     """
 
     name = "tensorflow"
+    jit = False  # whether ``compile`` asks XLA too
 
     def __init__(self, performance: Performance) -> None:
         self.performance, self.dtype = performance, performance.precision
@@ -148,7 +149,7 @@ class TensorFlowBackend:
         keys: list[str] = []
         identifiers: dict[str, str] = {}
 
-        @tf.function(autograph=False, reduce_retracing=False)
+        @tf.function(autograph=False, reduce_retracing=False, jit_compile=self.jit or None)
         def traced(x: Any, y: Any, mask: Any, factor: Any) -> Any:
             grads = function(Batch(x, y, mask, factor))
             keys[:] = list(grads.sums)

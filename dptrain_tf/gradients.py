@@ -21,9 +21,9 @@ from tensorflow import Tensor
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
-from dptrain_tf.hooks import Call, Tap, Unit, find_units, trainable
+from dptrain_tf.hooks import Call, Tap, Unit, find_units, layouts_of, trainable
 from dptrain_tf.lipschitz import LossGradientClip
-from dptrain_tf.rules import children, generic_uses
+from dptrain_tf.rules import aligned, children, generic_uses
 from dptrain_tf.uses import ConvUse, DirectUse, Use, ghost_norm, per_example, square_sum
 
 Loss = Callable[[Any, Any], Tensor]
@@ -152,9 +152,11 @@ def call_uses(call: Call) -> dict[str, Use]:
     """Parameter name -> use, for the trainable parameters of one call."""
     unit = call.unit
     if unit.rule is None:
-        by_role = generic_uses(unit.layer, unit.variables, call.args, call.kwargs, call.cotangents, call.training)
+        by_role = generic_uses(call)
     else:
-        by_role = unit.rule.uses(unit.layer, call.input, call.cotangents[0])
+        by_role = unit.rule.uses(unit.layer, *aligned(call.input, call.cotangents[0]))
+        if call.folded > 1:
+            by_role = {role: use.fold(call.batch) for role, use in by_role.items()}
         for role, use in by_role.items():
             if isinstance(use, ConvUse) and role in unit.params:
                 use.native = call.native(role)
@@ -249,7 +251,7 @@ def bounded_sum(
     if known != {unit.name for unit in units}:
         raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
     parameters = trainable(model)
-    with Tap(units, size, training, list(parameters.values()) if two_pass else None) as tap:
+    with Tap(units, size, training, list(parameters.values()) if two_pass else None, layouts_of(plan.layers)) as tap:
         losses = example_losses(loss, call_model(model, batch.x, training), batch.y, size)
     expected: dict[str, int] = {}
     for call in tap.calls:

@@ -4,11 +4,18 @@ The tap shadows ``call`` on the layers' instances, and uncovers it when the forw
 masks, ``training`` and autocasting by then, and every kind of model goes through it. A fused activation is taken out during the
 call and applied after the tap. Cotangents arrive in one call of ``GradientTape.gradient`` with respect to the layers' outputs; the
 tape watches nothing else, so no weight gradient is computed at all.
+
+A layer that owns variables AND has layers below it (a class token in a model) is a *bare* unit: the layers below it are tapped by
+themselves, and what is left of its ``call`` is cut off at their inputs and outputs (``Frame``), to be replayed for one example at a time.
+
+Where the first axis of a tensor is not the batch is a matter of shapes, which one pass cannot tell: a position table of 8 rows looks like
+a batch of 8. ``describe`` runs two batch sizes and writes what it found into the plan (``Layout``); without it, a first axis that B
+divides is taken for B examples, outermost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +24,19 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from dptrain.errors import UnsupportedModelError
-from dptrain.info import CONV, GENERIC
-from dptrain_tf.rules import WHOLE, Rule, children, is_float, mixes_examples, random_rate, role_of, rule_for
+from dptrain.info import CONV, GENERIC, LayerInfo
+from dptrain_tf.bare import Frame, as_tensor, is_float
+from dptrain_tf.rules import (
+    WHOLE,
+    Rule,
+    below_of,
+    children,
+    fold_of,
+    mixes_examples,
+    random_rate,
+    role_of,
+    rule_for,
+)
 from dptrain_tf.uses import column
 
 # Roles of variables of layers without a rule, by the variable's own name; other names are their own role.
@@ -26,6 +44,8 @@ ROLE_NAMES = {
     "kernel": "weight", "depthwise_kernel": "weight", "embeddings": "weight", "gamma": "weight", "scale": "weight", "beta": "bias",
 }  # fmt: skip
 ABSENT = object()
+LAYOUT = "static."  # prefix of attributes of ``LayerInfo``, followed by the index of the call
+Layout = Mapping[int, int]  # call -> bits: 0 for an output without a batch axis, i + 1 for ``leaves[i]``
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,7 @@ class Unit:
         params: role -> name in ``trainable``, trainable ones only.
         variables: role -> variable.
         identifiers: role -> ``layer.role``; a tied variable carries its first owner's identifier.
+        bare: the variables are the layer's own alone; the layers below it are units of their own.
     """
 
     name: str
@@ -47,6 +68,7 @@ class Unit:
     params: dict[str, str]
     variables: dict[str, Any]
     identifiers: dict[str, str]
+    bare: bool = False
 
     @property
     def kind(self) -> str:
@@ -66,20 +88,45 @@ class Call:
     tape: tf.GradientTape | None = None  # from the weight to ``own_output``, where the framework's own contraction is wanted
     own_output: Tensor | None = None
     cotangents: list[Tensor | None] = field(default_factory=list)
+    batch: int = 0
+    static: frozenset[int] = frozenset()  # which tensors of the arguments have no batch axis although B divides their first axis
+    expanded: bool = False  # the output has no batch axis, and was given one
+    frame: Frame | None = None  # of a bare unit
+    first: tuple[list[int | None], list[tuple[int, ...]]] = ([], [])  # first axes of ``leaves``, shapes of the float outputs
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Everything the layer was called with, and what the layers below a bare unit returned."""
+        return tf.nest.flatten((self.args, self.kwargs, [record[1] for record in self.frame.records] if self.frame else []))
 
     @property
     def input(self) -> Tensor:
         """The first tensor the layer was called with."""
         return next(x for x in (*self.args, *self.kwargs.values()) if tf.is_tensor(x))
 
+    @property
+    def folded(self) -> int:
+        """Rows of the cotangent that belong to one example."""
+        return next(g.shape[0] for g in self.cotangents if g is not None) // self.batch
+
     def native(self, role: str) -> Callable[[Tensor], Tensor] | None:
         """The framework's own weighted sum for a parameter; None in low precision, where it would lose the signal."""
         tape, output, cotangent = self.tape, self.own_output, self.cotangents[0]
         if tape is None or output is None or cotangent is None or output.dtype not in (tf.float32, tf.float64):
             return None
-        value = self.unit.variables[role].value
+        value, fold = self.unit.variables[role].value, cotangent.shape[0] // self.batch
 
-        return lambda w: tape.gradient(output, value, cotangent * column(w, cotangent))
+        return lambda w: tape.gradient(output, value, cotangent * column(tf.repeat(w, fold) if fold > 1 else w, cotangent))
+
+
+def layouts_of(layers: Iterable[LayerInfo]) -> dict[str, Layout]:
+    """What a plan says about the axes of calls, by the name of the unit."""
+    found: dict[str, Layout] = {}
+    for layer in layers:
+        bits = {int(name.removeprefix(LAYOUT)): value for name, value in layer.attrs.items() if name.startswith(LAYOUT)}
+        if bits:
+            found[layer.name] = bits
+    return found
 
 
 def trainable(model: Any) -> dict[str, Any]:
@@ -138,28 +185,30 @@ def find_units(model: Any, training: bool = False) -> list[Unit]:
         rule = None if whole else rule_for(layer)
         if rule is not None and (sentence := rule.problem(layer)):
             problems.append(f"layer {shown!r}: {sentence}.")
+        bare = rule is None and not whole and any(below_of(layer))
         shown = unused(shown, names)
         names.add(shown)
         if rule is not None:
             by_role = {role_of(layer, v) or v.name: v for v in own}
-        else:  # the layer and everything below it is one unit
-            below = list(children(layer))
-            inside.update(id(child) for child in below)
+        else:
             by_role = {}
-            for v in {id(v): v for v in layer.trainable_variables if id(v) in keys}.values():
+            for v in {id(v): v for v in own}.values():
                 *parents, last = v.path.removeprefix(f"{layer.path or layer.name}/").split("/")
                 by_role[unused(".".join([*parents, ROLE_NAMES.get(last, last)]), by_role)] = v
-            if training and any(random_rate(child) > 0 for child in below):
+            below = [layer] if bare else list(children(layer))
+            if whole:  # the layer and everything below it is one unit
+                inside.update(id(child) for child in below)
+            if training and any((bool(child._seed_generators) if bare else random_rate(child) > 0) for child in below):
                 problems.append(
                     f"layer {shown!r}: {type(layer).__name__} has no fast rule and drops units at random inside, so its gradient "
-                    "cannot be rebuilt; set its dropout to 0."
+                    "cannot be rebuilt; set its dropout to 0, or drop units in a Dropout layer of its own."
                 )
         identifiers = {role: owners.setdefault(id(v), f"{shown}.{role}") for role, v in by_role.items()}
-        units.append(Unit(shown, layer, rule, {role: keys[id(v)] for role, v in by_role.items()}, by_role, identifiers))
+        units.append(Unit(shown, layer, rule, {role: keys[id(v)] for role, v in by_role.items()}, by_role, identifiers, bare))
     covered = {key for unit in units for key in unit.params.values()}
     if not problems:
-        bare = [key for key in keys.values() if key not in covered]
-        problems += [f"variable {key!r} belongs to no layer that could be tapped; create it with add_weight." for key in bare]
+        loose = [key for key in keys.values() if key not in covered]
+        problems += [f"variable {key!r} belongs to no layer that could be tapped; create it with add_weight." for key in loose]
     if problems:
         raise UnsupportedModelError(problems)
     return units
@@ -173,10 +222,18 @@ class Tap:
         batch: examples B in the pass.
         training: the mode of the pass.
         watch: variables for ``second``, a tape of the same pass that gives weight gradients; None for no such tape.
+        layouts: unit name -> what ``describe`` found of the axes of its calls.
     """
 
-    def __init__(self, units: list[Unit], batch: int, training: bool = False, watch: list[Any] | None = None) -> None:
-        self.units, self.batch, self.training = units, batch, training
+    def __init__(
+        self,
+        units: list[Unit],
+        batch: int,
+        training: bool = False,
+        watch: list[Any] | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> None:
+        self.units, self.batch, self.training, self.layouts = units, batch, training, layouts or {}
         self.calls: list[Call] = []
         self.problems: list[str] = []  # raised on leaving: Keras rewrites what is raised inside a call
         self.tape = tf.GradientTape(watch_accessed_variables=False)
@@ -185,6 +242,8 @@ class Tap:
         self._graph = tf.compat.v1.get_default_graph()
         self._tapes = ExitStack()
         self._covered: list[tuple[Any, Any]] = []
+        self._frames: list[Frame | None] = []  # of the bare unit whose call runs; None inside of a layer below it
+        self._count: dict[str, int] = {}
 
     def __enter__(self) -> Tap:
         for tape in (self.tape, self.second):
@@ -193,11 +252,15 @@ class Tap:
         if self.second is not None:
             self.second.watch([v.value for v in self._watch])
         for unit in self.units:
-            own = unit.layer.__dict__
-            self._covered.append((unit.layer, own.get("call", ABSENT)))
             values = [v.value for v in unit.variables.values()]  # here, because inside a layer's call they may be cast
-            own["call"] = self._shadow(unit, unit.layer.call, values)
+            self._cover(unit.layer, self._shadow(unit, unit.layer.call, values))
+        for child in {id(child): child for unit in self.units if unit.bare for child in below_of(unit.layer)}.values():
+            self._cover(child, self._record(child, child.call))
         return self
+
+    def _cover(self, layer: Any, call: Callable[..., Any]) -> None:
+        self._covered.append((layer, layer.__dict__.get("call", ABSENT)))
+        layer.__dict__["call"] = call
 
     def __exit__(self, *exc: object) -> None:
         while self._covered:
@@ -210,24 +273,77 @@ class Tap:
         if self.problems:  # they explain whatever else went wrong
             raise UnsupportedModelError(list(dict.fromkeys(self.problems)))
 
+    def _outside(self, name: str, layer: Any) -> bool:
+        """Whether a call runs in another graph than the pass; if so, it is a problem."""
+        if tf.compat.v1.get_default_graph() is self._graph:
+            return False
+        self.problems.append(
+            f"layer {name!r} ({type(layer).__name__}) is called inside a loop, a condition or a function of its own, "
+            "where its output cannot be tapped; write the loop in Python."
+        )
+        return True
+
     def _shadow(self, unit: Unit, call: Callable[..., Any], values: list[Any]) -> Callable[..., Any]:
         def shadow(*args: Any, **kwargs: Any) -> Any:
-            if tf.compat.v1.get_default_graph() is not self._graph:
-                self.problems.append(
-                    f"layer {unit.name!r} ({type(unit.layer).__name__}) is called inside a loop, a condition or a function of its own, "
-                    "where its output cannot be tapped; write the loop in Python."
-                )
+            if self._outside(unit.name, unit.layer):
                 return call(*args, **kwargs)
+            args, kwargs = tf.nest.map_structure(as_tensor, (args, kwargs))
             if unit.rule is None:
                 return self._tap_generic(unit, call, args, kwargs)
             return self._tap_rule(unit, call, values, args, kwargs)
 
         return shadow
 
+    def _record(self, child: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Cut a layer off from the bare unit that calls it: its float inputs are tapped, its outputs become constants of the replay."""
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            frame = self._frames[-1] if self._frames else None
+            if frame is None or id(child) not in frame.below or self._outside(child.name, child):
+                return call(*args, **kwargs)
+            leaves = [self._cut(x, frame) if is_float(x) else x for x in map(as_tensor, tf.nest.flatten((args, kwargs)))]
+            args, kwargs = tf.nest.pack_sequence_as((args, kwargs), leaves)
+            before = len(self.calls)
+            self._frames.append(None)
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                self._frames.pop()
+            own = [done for done in self.calls[before:] if done.unit.layer is child]
+            frame.records.append((child, output, bool(own and own[-1].expanded)))
+            return output
+
+        return recorded
+
+    def _cut(self, x: Tensor, frame: Frame) -> Tensor:
+        frame.shapes.append(tuple(x.shape))
+        cut = self._watched(self._broadcast(x))
+        frame.inputs.append(cut)
+        return cut
+
+    def _new_call(self, unit: Unit, args: Any, kwargs: Any, z: Any, frame: Frame | None = None) -> Call:
+        index = self._count.get(unit.name, 0)
+        self._count[unit.name] = index + 1
+        call = Call(unit, args, kwargs, self.training, [], batch=self.batch, frame=frame)
+        first = [x.shape[0] if tf.is_tensor(x) and x.shape.rank else None for x in call.leaves]
+        outputs = [tuple(t.shape) for t in tf.nest.flatten(z) if is_float(t)] + (frame.shapes if frame else [])
+        call.first = (first, outputs)
+        bits = self.layouts.get(unit.name, {}).get(index, 0)
+        call.static = frozenset(i for i in range(len(first)) if bits >> (i + 1) & 1)
+        call.expanded = bool(bits & 1)
+        return call
+
     def _tap_generic(self, unit: Unit, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = call(*args, **kwargs)
-        leaves = [self._watched(z) if is_float(z) else z for z in tf.nest.flatten(output)]
-        self.calls.append(Call(unit, args, kwargs, self.training, [z for z in leaves if is_float(z)]))
+        frame = Frame({id(child) for child in below_of(unit.layer)}) if unit.bare else None
+        self._frames.append(frame)
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            self._frames.pop()
+        done = self._new_call(unit, args, kwargs, output, frame)
+        leaves = [self._watched(self._broadcast(z, done.expanded)) if is_float(z) else z for z in tf.nest.flatten(output)]
+        done.outputs = [z for z in leaves if is_float(z)] + (frame.inputs if frame else [])
+        self.calls.append(done)
         return tf.nest.pack_sequence_as(output, leaves)
 
     def _tap_rule(self, unit: Unit, call: Callable[..., Any], values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,19 +358,24 @@ class Tap:
                 if inner is not None:
                     inner.watch(values)
                 z = call(*args, **kwargs)
-                if self.batch > 1 and z.shape.rank > 1 and z.shape[0] == 1:
+                done = self._new_call(unit, args, kwargs, z)
+                if done.expanded or (self.batch > 1 and z.shape.rank > 1 and z.shape[0] == 1):
                     # Broadcast over the batch, as position embeddings are (G9): the same values, one row per example.
-                    z = tf.broadcast_to(z, [self.batch, *z.shape[1:]])
-                    args = tuple(map(self._broadcast, args))
+                    z = self._broadcast(z, done.expanded)
+                    done.args = tuple(self._broadcast(x, done.expanded) if tf.is_tensor(x) else x for x in args)
         finally:
             if activation is not None:
                 own["activation"] = activation
         watched = self._watched(z)
-        self.calls.append(Call(unit, args, kwargs, self.training, [watched], inner, z))
+        done.outputs, done.tape, done.own_output = [watched], inner, z
+        self.calls.append(done)
         return watched if activation is None else activation(watched)
 
-    def _broadcast(self, x: Any) -> Any:
-        return tf.broadcast_to(x, [self.batch, *x.shape[1:]]) if tf.is_tensor(x) and x.shape.rank and x.shape[0] == 1 else x
+    def _broadcast(self, x: Tensor, whole: bool = False) -> Tensor:
+        """One row per example of what has no batch axis: of a first axis of 1, or of the whole tensor."""
+        if whole:
+            return tf.broadcast_to(x[None], [self.batch, *x.shape])
+        return tf.broadcast_to(x, [self.batch, *x.shape[1:]]) if self.batch > 1 and x.shape.rank and x.shape[0] == 1 else x
 
     def _watched(self, z: Tensor) -> Tensor:
         watched = tf.identity(z)
@@ -278,7 +399,7 @@ class Tap:
             call, found = self.calls.pop(), gradients.pop()
             call.cotangents = [None if g is None else tf.convert_to_tensor(g) for g in found]
             for g in call.cotangents:
-                if g is not None and (g.shape.rank == 0 or g.shape[0] != self.batch):
+                if g is not None and (g.shape.rank == 0 or fold_of(g, self.batch) == 0):
                     raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
             call.outputs = []
             if any(g is not None for g in call.cotangents):

@@ -9,8 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from dptrain_tf.describe import describe
 from dptrain_tf.gradients import Batch, Loss, batch_size, call_model, call_uses, example_losses
-from dptrain_tf.hooks import Call, Tap, find_units
+from dptrain_tf.hooks import Call, Tap, find_units, layouts_of
 from dptrain_tf.uses import DirectUse, Use, ghost_norm, square_sum
 
 
@@ -57,7 +58,8 @@ def time_norms(model: Any, loss: Loss, batch: Batch) -> dict[str, dict[str, floa
             times["instantiate"] += seconds(partial(instantiate_way, use, w))
 
     size = batch_size(batch.x)
-    with Tap(find_units(model, True), size, True) as tap:
+    layouts = layouts_of(describe(model, batch.x).layers)
+    with Tap(find_units(model, True), size, True, layouts=layouts) as tap:
         losses = example_losses(loss, call_model(model, batch.x, True), batch.y, size)
     w = tf.ones_like(losses)
     tap.backward(losses, w, sink)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,8 +21,9 @@ from tensorflow import Tensor
 
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import BIAS, CONV, EMBEDDING, LINEAR, NORM
+from dptrain_tf.bare import is_float
 from dptrain_tf.lipschitz import BoundedBias, SpectralConv1D, SpectralConv2D
-from dptrain_tf.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, wide
+from dptrain_tf.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, split_rows, wide
 
 Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
 
@@ -248,6 +250,24 @@ def group_norm_uses(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
     return axis_uses(x_hat, tf.transpose(wide(g), order), [a.shape.rank - 1], layer)
 
 
+def reversible_facts(layer: Any, a: Tensor, z: Tensor) -> Facts:
+    if is_reverse(a, z):
+        return {"positions": math.prod(z.shape[1:-1]), "fan_in": layer.output_dim, "fan_out": layer.input_dim}
+    return embedding_facts(layer, a, z)
+
+
+def reversible_uses(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
+    """The table is looked up, or is the output matrix; both uses have its layout ``[rows, d]``."""
+    if is_reverse(a, g):
+        return {"weight": LinearUse(flat(wide(g)), flat(wide(a)), (layer.input_dim, layer.output_dim))}
+    return embedding_uses(layer, a, g)
+
+
+def is_reverse(a: Tensor, z: Tensor) -> bool:
+    """Whether a ``ReversibleEmbedding`` was called with ``reverse=True``: a lookup adds an axis."""
+    return a.shape.rank == z.shape.rank
+
+
 def norm_facts(layer: Any, a: Tensor, z: Tensor) -> Facts:
     size = math.prod(own_shape(layer))
     return {"positions": math.prod(z.shape[1:]) // size, "fan_in": 1, "fan_out": size}
@@ -289,6 +309,9 @@ RULES: Mapping[type, Rule] = {
     SpectralConv2D: _CONV,
     BoundedBias: Rule(BIAS, bias_facts, bias_uses),
     L.Embedding: Rule(EMBEDDING, embedding_facts, embedding_uses),
+    L.ReversibleEmbedding: Rule(
+        EMBEDDING, reversible_facts, reversible_uses, applies=lambda layer: layer.tie_weights and not layer.logit_soft_cap
+    ),
     L.LayerNormalization: Rule(NORM, norm_facts, layer_norm_uses, norm_problem),
     L.RMSNormalization: Rule(NORM, norm_facts, rms_norm_uses),
     L.GroupNormalization: Rule(NORM, norm_facts, group_norm_uses),
@@ -342,13 +365,19 @@ def children(layer: Any, seen: set[int] | None = None) -> Iterator[Any]:
             yield from children(child, seen)
 
 
+def below_of(layer: Any) -> list[Any]:
+    """The layers below a layer."""
+    return [child for child in children(layer) if child is not layer]
+
+
 def mixes_examples(layer: Any) -> str | None:
     """A sentence if a layer lets one example influence another or cannot be tapped, trainable or not; else None."""
     name = type(layer).__name__
     if isinstance(layer, L.BatchNormalization):
-        return f"{name} computes statistics over the batch, so one example moves the others; replace it by GroupNormalization"
+        sentence = f"{name} computes statistics over the batch, so one example moves the others"
+        return f"{sentence}; replace it by GroupNormalization, as dptrain_tf.fix does"
     if isinstance(layer, L.SpectralNormalization):
-        return f"{name} rewrites the weight in the forward pass; remove it and use a kernel_constraint, which runs after the update"
+        return f"{name} rewrites the weight in the forward pass; remove it (dptrain_tf.fix does) and use a kernel_constraint"
     if isinstance(layer, tuple(getattr(L, c) for c in ("MixUp", "CutMix") if hasattr(L, c))):
         return f"{name} blends examples; remove it"
     if isinstance(layer, L.RNN) and layer.stateful:
@@ -375,62 +404,92 @@ def random_rate(layer: Any) -> float:
     return max(rates) if rates else float(bool(layer._seed_generators))
 
 
-def is_float(x: Any) -> bool:
-    """Whether something is a tensor that can carry a gradient."""
-    return bool(tf.is_tensor(x) and x.dtype.is_floating)
+def aligned(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and cotangent in the wider of their types; they differ where a layer does not cast its input."""
+    if not is_float(a) or a.dtype == g.dtype:
+        return a, g
+    wider = a.dtype if a.dtype.size > g.dtype.size else g.dtype
+    return tf.cast(a, wider), tf.cast(g, wider)
 
 
-def generic_uses(
-    layer: Any, variables: Mapping[str, Any], args: Any, kwargs: Any, cotangents: list[Tensor | None], training: bool
-) -> dict[str, Use]:
-    """The slow method: per-sample gradients of a whole layer by ``tf.vectorized_map`` over its vector-Jacobian product.
+def fold_of(x: Any, batch: int) -> int:
+    """How many rows of a tensor belong to one example, where its first axis is made of examples; else 0."""
+    return 0 if not tf.is_tensor(x) or not x.shape.rank or x.shape[0] % batch else x.shape[0] // batch
+
+
+def generic_uses(call: Any) -> dict[str, Use]:
+    """The slow method: per-sample gradients of a layer by ``tf.vectorized_map`` over its vector-Jacobian product.
+
+    Of a bare unit only what its own ``call`` computes is run again: the layers below return what they returned in the forward pass, and
+    the cotangents at their inputs are those of the loss, so that the chain rule is cut exactly there. Dropout below is not drawn again.
 
     Args:
-        layer: any layer that treats examples independently and draws no random numbers.
-        variables: role -> its trainable variables.
-        args, kwargs: what it was called with; tensors whose first axis is B are split into examples.
-        cotangents: of its float outputs, in order; None where the loss does not depend on one.
-        training: the mode it was called in.
+        call: a ``hooks.Call`` of a layer that treats examples independently and draws no random numbers itself.
     Returns:
         Role -> use.
     """
-    batch = next(c.shape[0] for c in cotangents if c is not None)
-    leaves = tf.nest.flatten((args, kwargs))
-    split = [i for i, x in enumerate(leaves) if tf.is_tensor(x) and x.shape.rank and x.shape[0] == batch]
+    layer, batch, frame = call.unit.layer, call.batch, call.frame
+    leaves, variables = call.leaves, call.unit.variables
+    structure = (call.args, call.kwargs, [record[1] for record in frame.records] if frame else [])
+    whole, start = set[int](), len(tf.nest.flatten(structure[:2]))  # leaves that have one row per example and no further axis for it
+    for _, output, expanded in frame.records if frame else []:
+        count = len(tf.nest.flatten(output))
+        whole.update(range(start, start + count) if expanded else ())
+        start += count
+    split = [i for i, x in enumerate(leaves) if fold_of(x, batch) and (i in whole or i not in call.static)]
     masks = {i: leaves[i]._keras_mask for i in split if getattr(leaves[i], "_keras_mask", None) is not None}
-    present = [i for i, c in enumerate(cotangents) if c is not None]
+    present = [i for i, c in enumerate(call.cotangents) if c is not None]
     values = [v.value for v in variables.values()]
+    below = below_of(layer) if frame else []
 
     def one(elements: Any) -> list[Tensor]:
         xs, ms, gs = elements
         full = list(leaves)
         for i, x in zip(split, xs, strict=True):
-            full[i] = tf.expand_dims(x, 0)
+            full[i] = x
         for i, m in zip(masks, ms, strict=True):
-            full[i]._keras_mask = tf.expand_dims(m, 0)
-        call_args, call_kwargs = tf.nest.pack_sequence_as((args, kwargs), full)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            full[i]._keras_mask = m
+        args, kwargs, outputs = tf.nest.pack_sequence_as(structure, full)
+        with tf.GradientTape(watch_accessed_variables=False) as tape, frame.replay(below, outputs) if frame else nullcontext([]) as cut:
             tape.watch(values)
-            found = [z for z in tf.nest.flatten(layer(*call_args, **{"training": training, **call_kwargs})) if is_float(z)]
-            outputs = [found[i] for i in present]
-        upstream = [tf.expand_dims(g, 0) for g in gs]
-        gradients = tape.gradient(outputs, values, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            found = [z for z in tf.nest.flatten(layer(*args, **{"training": call.training, **kwargs})) if is_float(z)]
+            found += cut
+            found = [found[i] for i in present]
+        gradients = tape.gradient(found, values, gs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return [tf.convert_to_tensor(g) for g in gradients]
 
-    elements = ([leaves[i] for i in split], list(masks.values()), [cotangents[i] for i in present])
-    gradients: Any = None
-    looped = (*LOOPED, *WHOLE) if tf.executing_eagerly() else LOOPED  # to convert a recurrent layer takes seconds: pays in a graph only
-    if not any(isinstance(child, looped) for child in children(layer)):
-        try:
-            gradients = tf.vectorized_map(one, elements)
-        except Exception:  # whatever it cannot convert, the loop below can still run, or says why not
-            gradients = None
-    if gradients is None:
-        try:
-            signature = [tf.TensorSpec(v.shape, v.dtype) for v in values]
-            gradients = tf.function(lambda: tf.map_fn(one, elements, fn_output_signature=signature), autograph=False)()
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            sentence = f"layer {layer.name!r} ({type(layer).__name__}) cannot be run one example at a time ({reason})"
-            raise UnsupportedModelError([f"{sentence}; build it from layers that have a rule."]) from error
+    own = len(call.cotangents) - len(frame.inputs if frame else [])
+    elements = (
+        [leaves[i] if i in whole else split_rows(leaves[i], batch) for i in split],
+        [split_rows(m, batch) for m in masks.values()],
+        [call.cotangents[i] if call.expanded and i < own else split_rows(call.cotangents[i], batch) for i in present],
+    )
+    gradients = each_example(one, elements, values, layer, alone=frame is not None)
     return {role: DirectUse(wide(gradient)) for role, gradient in zip(variables, gradients, strict=True)}
+
+
+def each_example(one: Callable[[Any], list[Tensor]], elements: Any, values: list[Any], layer: Any, alone: bool) -> list[Tensor]:
+    """Run a function for every example at once, or for one after the other where that fails.
+
+    Args:
+        one: the function.
+        elements: its argument, with a batch axis in front of every tensor.
+        values: variables whose shapes its results have.
+        layer: what it runs.
+        alone: whether it runs nothing of the layers below.
+    Raises:
+        UnsupportedModelError: it cannot be run.
+    """
+    looped = (*LOOPED, *WHOLE) if tf.executing_eagerly() else LOOPED  # to convert a recurrent layer takes seconds: pays in a graph only
+    if alone or not any(isinstance(child, looped) for child in children(layer)):
+        try:
+            return tf.vectorized_map(one, elements)
+        except Exception:  # whatever it cannot convert, the loop below can still run, or says why not
+            pass
+    try:
+        signature = [tf.TensorSpec(v.shape, v.dtype) for v in values]
+        return tf.function(lambda: tf.map_fn(one, elements, fn_output_signature=signature), autograph=False)()
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        sentence = f"layer {layer.name!r} ({type(layer).__name__}) cannot be run one example at a time ({reason})"
+        raise UnsupportedModelError([f"{sentence}; build it from layers that have a rule."]) from error

@@ -87,8 +87,9 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     groups, sums = group_of_parameter(plan), {}
     for stream, (name, value) in enumerate(total.sums.items()):
         dtype = np.float64 if value.dtype == tf.float64 else np.float32
-        drawn = tf.cast(noise.normal(stream, tuple(value.shape), dtype), value.dtype)
-        sums[name] = value + stds[groups[total.identifiers[name]]] * drawn
+        drawn = noise.normal(stream, tuple(value.shape), dtype)
+        drawn *= stds[groups[total.identifiers[name]]]
+        sums[name] = value + tf.cast(drawn, value.dtype)
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
@@ -113,6 +114,11 @@ def compiled_apply(optimizer: Any, variables: list[Any]) -> Callable[..., None]:
 
         _compiled[optimizer] = tf.function(apply_scaled)
     return _compiled[optimizer]
+
+
+def forget(optimizer: Any) -> None:
+    """Drop what was compiled for an optimizer: the set of trainable variables may have changed since."""
+    _compiled.pop(optimizer, None)
 
 
 def apply(model: Any, optimizer: Any, released: Grads, scale: float, learning_rate: float | None) -> None:

@@ -42,6 +42,11 @@ def per_example(flags: Tensor, x: Tensor) -> Tensor:
     return tf.where(column(flags, x), x, tf.zeros_like(x))
 
 
+def split_rows(x: Tensor, batch: int) -> Tensor:
+    """``[k B, ...]`` as ``[B, k, ...]``."""
+    return tf.reshape(x, [batch, x.shape[0] // batch, *x.shape[1:]])
+
+
 def square_sum(x: Tensor) -> Tensor:
     """Sum of squares of each example, ``[B]``."""
     return tf.reduce_sum(tf.square(x), axis=list(range(1, x.shape.rank)))
@@ -79,6 +84,10 @@ class Use:
         """The same use with the examples zeroed whose flag is False."""
         raise TypeError(f"{type(self).__name__} cannot be masked")
 
+    def fold(self, batch: int) -> Use:
+        """The same use where ``[k B, ...]`` rows are B examples of k rows each, the examples outermost: the rows become positions."""
+        raise TypeError(f"{type(self).__name__} cannot be folded")
+
 
 @dataclass(eq=False)
 class DirectUse(Use):
@@ -91,6 +100,9 @@ class DirectUse(Use):
 
     def keep(self, finite: Tensor) -> Use:
         return DirectUse(per_example(finite, self.gradient))
+
+    def fold(self, batch: int) -> Use:
+        return DirectUse(tf.reduce_sum(split_rows(self.gradient, batch), axis=1))
 
 
 @dataclass(eq=False)
@@ -127,6 +139,10 @@ class LinearUse(Use):
 
     def keep(self, finite: Tensor) -> Use:
         return replace(self, a=per_example(finite, self.a), g=per_example(finite, self.g))
+
+    def fold(self, batch: int) -> Use:
+        a, g = (tf.reshape(t, [batch, -1, t.shape[2]]) for t in (self.a, self.g))
+        return replace(self, a=a, g=g)
 
 
 @dataclass(eq=False)
@@ -175,6 +191,9 @@ class EmbeddingUse(Use):
 
     def keep(self, finite: Tensor) -> Use:
         return replace(self, g=per_example(finite, self.g))
+
+    def fold(self, batch: int) -> Use:
+        return replace(self, ids=tf.reshape(self.ids, [batch, -1]), g=tf.reshape(self.g, [batch, -1, self.g.shape[2]]))
 
 
 @dataclass(eq=False)
@@ -274,6 +293,18 @@ class ConvUse(Use):
 
     def keep(self, finite: Tensor) -> Use:
         return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g), native=None)
+
+    def fold(self, batch: int) -> Use:
+        """The rows of an example become one more spatial axis, along which the kernel has size 1."""
+        return replace(
+            self,
+            x=split_rows(self.x, batch),
+            g=split_rows(self.g, batch),
+            kernel=(1, *self.kernel),
+            stride=(1, *self.stride),
+            dilation=(1, *self.dilation),
+            pads=((0, 0), *self.pads),
+        )
 
 
 def ghost_norm(uses: Sequence[Use]) -> Tensor | None:

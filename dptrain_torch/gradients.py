@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
+from dptrain_torch.bare import BareCall
 from dptrain_torch.hooks import Call, Tap, Unit, find_units
 from dptrain_torch.lipschitz import LossGradientClip
-from dptrain_torch.rules import generic_uses
 from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example, square_sum
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -118,7 +118,7 @@ class Accumulator:
         self.ready: dict[str, list[Use]] = {}
         self.squares: dict[str, Tensor] = {}
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: Call | BareCall) -> None:
         """Take in one call; a parameter is finished when its last use has arrived."""
         for name, use in call_uses(call).items():
             uses = self.waiting.setdefault(name, [])
@@ -152,16 +152,9 @@ class Accumulator:
         return {name: square.sqrt() for name, square in self.squares.items()}
 
 
-def call_uses(call: Call) -> dict[str, Use]:
+def call_uses(call: Call | BareCall) -> dict[str, Use]:
     """Parameter name -> use, for the trainable parameters of one call."""
-    unit = call.unit
-    if unit.rule is None:
-        by_role = generic_uses(unit.module, list(unit.params), call.args, call.kwargs, call.cotangents)
-    else:
-        cotangent = call.cotangents[0]
-        assert cotangent is not None
-        by_role = unit.rule.uses(unit.module, call.input, cotangent)
-    return {name: by_role[role] for role, name in unit.params.items()}
+    return call.uses()
 
 
 def limit_of(clip_norm: float | None, factor: Tensor | None) -> Any:
@@ -217,6 +210,8 @@ def bounded_sum(
         ``norm_bound`` (twice for a replacement), up to ``mechanism.FLOAT_MARGIN``.
     Source: math.md sections 1 to 3.
     """
+    if batch_size(batch.x) == 0:
+        return nothing(model, plan)
     if plan.loss_clip is not None:
         return proven_sum(model, loss, batch, plan)
     if not plan.needs_norms:
@@ -230,13 +225,20 @@ def bounded_sum(
     return bounded_sum(model, loss, batch, plan) if found is None else found  # a non-finite example would poison the native sum
 
 
+def nothing(model: nn.Module, plan: Plan) -> Grads:
+    """The sums over no example."""
+    sums = {name: zeros_like(p) for name, p in trainable(model).items()}
+    counts = {plan.count.name: torch.zeros((), dtype=torch.float64)} if plan.count else {}
+    return Grads(sums, dict.fromkeys(("loss", "count", "clipped", "nonfinite"), torch.zeros(())), counts)
+
+
 def known_units(model: nn.Module, plan: Plan) -> list[Unit]:
     """The modules to tap.
 
     Raises:
         ConfigError: they are not the layers of the plan.
     """
-    units = find_units(model)
+    units = find_units(model, plan.layers)
     if {layer.name for layer in plan.layers} != {unit.name for unit in units}:
         raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
     return units
@@ -273,7 +275,7 @@ def tapped_sum(
     size, units = len(losses), tap.units
     expected: dict[str, int] = {}
     for call in tap.calls:
-        for name in call.unit.params.values():
+        for name in call.names:
             expected[name] = expected.get(name, 0) + 1
     owners: dict[str, list[str]] = {}
     for unit in units:
@@ -295,7 +297,10 @@ def tapped_sum(
     group_of = {name: accumulator.group_of[layers[0]] for name, layers in owners.items()}
     if two_pass:
         clean = bool((finite & valid | ~mask).all())
-        return Grads(second_pass(model, losses, weights, group_of), stats, counts) if clean else None
+        if not clean:
+            return None
+        with tap.replay() as grad:
+            return Grads(second_pass(model, losses, weights, group_of, grad), stats, counts)
     with torch.no_grad():
         clean = bool(finite.all()) and bool(losses.isfinite().all())
         sums = {}
@@ -395,8 +400,10 @@ def refuse_two_pass(model: nn.Module) -> None:
         )
 
 
-def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same sums from a backward pass over the reweighted losses, one pass per group."""
+def second_pass(
+    model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor], group_of: Mapping[str, str], grad: Callable[..., Any]
+) -> dict[str, Tensor]:
+    """The same sums from a backward pass over the reweighted losses, one pass per group; ``grad`` is ``torch.autograd.grad``."""
     parameters = trainable(model)
     sums: dict[str, Tensor] = {}
     for i, (group, w) in enumerate(weights.items()):
@@ -405,7 +412,7 @@ def second_pass(model: nn.Module, losses: Tensor, weights: Mapping[str, Tensor],
         last = i == len(weights) - 1
         # All parameters are asked for, not the group's alone: torch 2.13 crashes in the backward pass of a GroupNorm on channels-last
         # arrays when the gradient of its input is not wanted.
-        gradients = torch.autograd.grad(total, list(parameters.values()), retain_graph=not last, allow_unused=True)
+        gradients = grad(total, list(parameters.values()), retain_graph=not last, allow_unused=True)
         sums |= {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None and group_of[n] == group}
     return {n: sums[n] if n in sums else zeros_like(p) for n, p in parameters.items()}
 

@@ -9,19 +9,26 @@ cotangents are what is asked of ``grad``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from dptrain.errors import UnsupportedModelError
-from dptrain.info import GENERIC
-from dptrain_torch.rules import Rule, batch_axis, mixes_examples, rule_for
+from dptrain.errors import ConfigError, UnsupportedModelError
+from dptrain.info import EMBEDDING, GENERIC, LayerInfo
+from dptrain_torch.bare import BareCall, Watch, open_to_modes
+from dptrain_torch.rules import Rule, batch_axis, generic_uses, mixes_examples, rule_for
+from dptrain_torch.uses import DirectUse, Use, wide
+
+# Facts that ``describe`` finds out and later passes follow: names of ``LayerInfo.attrs``, each present only where it is not 0.
+BARE, AXIS, STATIC, SHARED, WHOLE = "bare", "batch_axis", "static", "shared", "whole"
+FIRST_CALLS = 3  # calls whose outputs are kept in any case: their cotangents show whether examples are mixed anywhere above them
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,38 @@ class Unit:
         module: the module.
         rule: the row of its class, or None for the slow method.
         params: relative name -> name in ``model.named_parameters()``, trainable ones only.
+        bare: how its own parameters meet the examples (``Watch.signature``), where no row of its class says so; the modules inside it
+            are units of their own. None for any other unit.
+        axis: the axis of its inputs and outputs that holds the examples.
+        static: it is computed from parameters and constants alone, so that its output has no batch axis (a table of biases).
+        shared: bit i says that argument i of a module tapped as a whole is the same for all examples.
+        root: the model.
     """
 
     name: str
     module: nn.Module
     rule: Rule | None
     params: dict[str, str]
+    bare: int | None = None
+    axis: int = 0
+    static: bool = False
+    shared: int = 0
+    root: nn.Module | None = None
 
     @property
     def kind(self) -> str:
         """Kind of layer, for the planner."""
         return self.rule.kind if self.rule else GENERIC
+
+    @property
+    def whole(self) -> bool:
+        """Whether the slow method takes the module with everything in it."""
+        return self.rule is None and self.bare is None
+
+    @property
+    def bias_only(self) -> bool:
+        """Whether the cotangent is all that its parameters need, so that no input is kept."""
+        return self.rule is not None and self.rule.bias is not None and set(self.params) == {"bias"}
 
 
 @dataclass(eq=False)
@@ -55,7 +83,35 @@ class Call:
     kwargs: dict[str, Any]
     outputs: list[Tensor]  # shapes and edges only; values may be overwritten later
     versions: list[tuple[Tensor, int]]
+    batch: int
+    constant: bool = False  # called without any tensor that depends on the examples
+    shape: tuple[int, ...] | None = None  # of the output, where its one row was expanded to the batch
     cotangents: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters, one entry for each use that ``uses`` will give."""
+        return list(self.unit.params.values())
+
+    def uses(self) -> dict[str, Use]:
+        """Parameter name -> use."""
+        unit = self.unit
+        if unit.rule is None:
+            by_role = generic_uses(unit.module, list(unit.params), self.args, self.kwargs, self.cotangents, unit.shared)
+        else:
+            cotangent = self.cotangents[0]
+            assert cotangent is not None
+            if unit.bias_only:
+                assert unit.rule.bias is not None
+                by_role = {"bias": DirectUse(unit.rule.bias(unit.module, cotangent.movedim(unit.axis, 0)))}
+            elif unit.rule.whole is not None:
+                by_role = unit.rule.whole(unit.module, self.args, self.kwargs, wide(cotangent))
+            else:
+                by_role = unit.rule.uses(unit.module, self.input.movedim(unit.axis, 0), cotangent.movedim(unit.axis, 0))
+        rows = next(g.shape[row_axis(unit, i)] for i, g in enumerate(self.cotangents) if g is not None)
+        if rows != self.batch:
+            by_role = {role: use.fold(self.batch) for role, use in by_role.items()}
+        return {name: by_role[role] for role, name in unit.params.items()}
 
     @property
     def input(self) -> Tensor:
@@ -64,23 +120,55 @@ class Call:
         assert found is not None
         return found.detach()
 
-    def check(self) -> None:
-        """Raise if an input was overwritten after the layer read it."""
-        if any(x._version != version for x, version in self.versions):
-            raise UnsupportedModelError(
-                [f"layer {self.unit.name!r}: its input was changed in place after the layer read it; set inplace=False there"]
-            )
+
+def row_axis(unit: Unit, position: int) -> int:
+    """The axis of an output of a unit that holds the examples."""
+    return unit.axis or batch_axis(unit.module, position)
 
 
-def find_units(model: nn.Module) -> list[Unit]:
+def check_unchanged(call: Call | BareCall) -> None:
+    """Raise if an input was overwritten after the layer read it."""
+    if any(x._version != version for x, version in call.versions):
+        raise UnsupportedModelError(
+            [f"layer {call.unit.name!r}: its input was changed in place after the layer read it; set inplace=False there"]
+        )
+
+
+def find_units(model: nn.Module, layers: Iterable[LayerInfo] = ()) -> list[Unit]:
     """The modules to tap, every trainable parameter of the model in one of them.
 
     Args:
         model: any module.
+        layers: facts that ``describe`` found, which the units follow.
     Returns:
         Units in the order of ``named_modules``.
     Raises:
         UnsupportedModelError: lists every layer that mixes examples or has settings that cannot be handled.
+    """
+    known = {layer.name: layer.attrs for layer in layers}
+    units = units_of(model, {name for name, attrs in known.items() if WHOLE in attrs})
+    return [
+        replace(
+            unit,
+            bare=None if unit.bare is None else known[unit.name].get(BARE, 0),
+            axis=known[unit.name].get(AXIS, 0),
+            static=bool(known[unit.name].get(STATIC, 0)),
+            shared=known[unit.name].get(SHARED, 0),
+        )
+        if unit.name in known
+        else unit
+        for unit in units
+    ]
+
+
+def units_of(model: nn.Module, whole: Container[str] = ()) -> list[Unit]:
+    """The modules to tap, those named in ``whole`` by the slow method.
+
+    Args:
+        model: any module.
+        whole: names of modules.
+    Returns, Raises:
+        As ``find_units``.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     units: list[Unit] = []
@@ -94,24 +182,32 @@ def find_units(model: nn.Module) -> list[Unit]:
             inside.add(id(module))
         if id(module) in inside:
             continue
-        own = {k: p for k, p in module.named_parameters(recurse=is_parametrized(module)) if p.requires_grad}
+        rule = None if shown in whole else rule_for(module)
+        slow = shown in whole or (rule is None and must_be_whole(module))
+        own = {k: p for k, p in module.named_parameters(recurse=slow) if p.requires_grad}
+        if slow:
+            inside.update(id(child) for child in module.modules())
         if not own:
             continue
-        rule = rule_for(module)
         if rule is not None and (sentence := rule.problem(module)):
             problems.append(f"layer {shown!r}: {sentence}.")
-        if rule is None:  # the module and everything below it is one unit
-            own = {k: p for k, p in module.named_parameters() if p.requires_grad}
-            inside.update(id(child) for child in module.modules())
-            if any(random_rate(m) > 0 for m in module.modules() if m.training):
-                problems.append(
-                    f"layer {shown!r}: {type(module).__name__} has no fast rule and drops units at random inside, so its gradient "
-                    "cannot be rebuilt; set its dropout to 0."
-                )
-        units.append(Unit(shown, module, rule, {k: names[id(p)] for k, p in own.items()}))
+        if slow and any(random_rate(m) > 0 for m in module.modules() if m.training):
+            problems.append(
+                f"layer {shown!r}: {type(module).__name__} has no fast rule and drops units at random inside, so its gradient "
+                "cannot be rebuilt; set its dropout to 0."
+            )
+        params = {k: names[id(p)] for k, p in own.items()}
+        units.append(Unit(shown, module, rule, params, 0 if rule is None and not slow else None, root=model))
     if problems:
         raise UnsupportedModelError(problems)
     return units
+
+
+def must_be_whole(module: nn.Module) -> bool:
+    """Whether the parameters of a module without a row are read where no function of Python's sees them, or replaced before a call."""
+    own = any(p.requires_grad for p in module.parameters(recurse=False))
+    hooked = own and bool(module._forward_pre_hooks or module._forward_hooks)
+    return hooked or is_parametrized(module) or isinstance(module, nn.RNNBase | nn.RNNCellBase)
 
 
 def random_rate(module: nn.Module) -> float:
@@ -132,20 +228,68 @@ class Tap:
 
     def __init__(self, units: list[Unit], batch: int) -> None:
         self.units, self.batch = units, batch
-        self.calls: list[Call] = []
-        self._edges: list[tuple[Call, int, Any]] = []
+        self.calls: list[Call | BareCall] = []
+        self.watch: Watch | None = None
+        self.adopted: set[str] = set()  # units that made a table for all examples
+        self.failed: dict[str, str] = {}  # parameter -> function that uses it and cannot be followed
+        self._edges: list[tuple[Call | BareCall, int, Any]] = []
         self._hooks: list[Any] = []
         self._arrivals: list[Any] = []
-        self._sink: Callable[[Call], None] = lambda call: None
+        self._sink: Callable[[Any], None] = lambda call: None
 
     def __enter__(self) -> Tap:
-        self._hooks = [u.module.register_forward_hook(self._hook(u), with_kwargs=True) for u in self.units]
+        watched = any(unit.bare is not None or unit.static for unit in self.units)
+        tapped = [unit for unit in self.units if unit.bare is None and not unit.static]
+        if watched:  # from the outermost hook on, so that a layer's own hooks are followed too
+            self._hooks += [u.module.register_forward_pre_hook(self._suspend, prepend=True) for u in tapped]
+        self._hooks += [u.module.register_forward_hook(self._hook(u), with_kwargs=True) for u in tapped]
+        if watched:
+            self._hooks += [u.module.register_forward_hook(self._resume, always_call=True) for u in tapped]
+            self.watch = watch_of(self.units, self.batch, self._record)
+            self.watch.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self.watch is not None:
+            self.watch.__exit__(None, None, None)
+            self.failed |= self.watch.failed
+            if not any(exc):
+                self.check_signature()
+
+    def check_signature(self) -> None:
+        """Refuse a pass in which parameters meet the examples in another way than in those that the plan was made from.
+
+        Raises:
+            ConfigError: the size of the batch changes it: a dimension of the model happens to have that size too.
+            UnsupportedModelError: a function came that cannot be followed.
+        """
+        assert self.watch is not None
+        expected = [unit.bare for unit in self.units if unit.bare]
+        if expected and self.failed:
+            raise UnsupportedModelError(
+                [f"parameter {name!r} is used by {function}, which the plan does not know of; make a new plan with the model as it is now."
+                 for name, function in self.failed.items()]
+            )  # fmt: skip
+        if self.batch > 1 and expected and self.watch.signature not in expected:
+            raise ConfigError(
+                f"A batch of {self.batch} examples cannot be told from a dimension of the model that has the same size (or the model has "
+                "changed since it was described); choose another physical batch size, or make a new plan."
+            )
+
+    def _suspend(self, module: nn.Module, args: Any) -> None:
+        assert self.watch is not None
+        self.watch.depth += 1
+
+    def _resume(self, module: nn.Module, args: Any, output: Any) -> None:
+        assert self.watch is not None
+        self.watch.depth -= 1
+
+    def _record(self, call: BareCall) -> None:
+        self.calls.append(call)
+        self._watch(call, call.fed)
 
     def forget(self, stale: set[int]) -> None:
         """Drop calls, given by ``id``, that the loss will not be traced back to."""
@@ -159,43 +303,90 @@ class Tap:
             if not torch.is_grad_enabled() or not any(z.requires_grad for z in outputs):
                 return None  # the loss cannot depend on a parameter through this call
             result = None
-            if unit.rule and self.batch > 1 and outputs[0].dim() > 1 and outputs[0].shape[0] == 1:
+            constant = self.watch is not None and bool(leaves) and self.watch.knows(leaves)
+            single = bool(unit.rule and self.batch > 1 and outputs[0].dim() > 1 and outputs[0].shape[0] == 1 and unit.axis == 0)
+            if single and constant and unit.kind != EMBEDDING:  # one table for all examples, computed by layers
+                assert self.watch is not None
+                self.watch.adopt(outputs, leaves, unit.params.values())
+                self.adopted.add(unit.name)
+                return None
+            shape = tuple(outputs[0].shape) if single else None
+            if single:
                 # Broadcast over the batch afterwards, as position embeddings are (G9): the same values, one row per example.
                 result = outputs[0].expand(self.batch, *outputs[0].shape[1:])
                 outputs = [result]
                 args = tuple(x.expand(self.batch, *x.shape[1:]) if isinstance(x, Tensor) and x.shape[0] == 1 else x for x in args)
-            self.calls.append(Call(unit, args, kwargs, outputs, [(x, x._version) for x in leaves]))
-            self._watch(self.calls[-1], any(x.requires_grad for x in leaves))
+                kwargs = {
+                    k: x.expand(self.batch, *x.shape[1:]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
+                    for k, x in kwargs.items()
+                }
+            if unit.rule is None and len(outputs) > 1:  # one output may be computed from another: their cotangents are to be apart
+                flat, spec = tree_flatten(output)
+                flat = [z.view_as(z) if isinstance(z, Tensor) and z.requires_grad else z for z in flat]
+                result, outputs = tree_unflatten(flat, spec), [z for z in flat if isinstance(z, Tensor)]
+            fed, versions = any(x.requires_grad for x in leaves), [(x, x._version) for x in leaves]
+            if unit.bias_only:
+                args, kwargs, versions = tree_map(hollow, args), tree_map(hollow, kwargs), []
+            call = Call(unit, args, kwargs, outputs, versions, self.batch, constant, shape)
+            self.calls.append(call)
+            self._watch(call, fed)
+            if unit.bias_only and len(self.calls) > FIRST_CALLS:
+                call.outputs = [hollow(z).requires_grad_(z.requires_grad) for z in outputs]
             return result
 
         return hook
 
-    def _watch(self, call: Call, fed: bool) -> None:
+    def _watch(self, call: Call | BareCall, fed: bool) -> None:
         """Arrange for the cotangents of a call; ``fed`` says that autograd runs the node anyway on its way to earlier layers."""
         call.cotangents = [None] * len(call.outputs)
-        if not (fed and call.unit.rule):
+        if not fed or (isinstance(call, Call) and call.unit.rule is None):
             self._edges += [(call, i, get_gradient_edge(z)) for i, z in enumerate(call.outputs) if z.requires_grad]
             return
         edge = get_gradient_edge(call.outputs[0])
         place = edge.output_nr  # the closure must not hold the node, which holds the closure
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> None:
+            if self.watch is not None:
+                self.watch.depth += 1
             self._deliver(call, [gradients[place]])
+            if self.watch is not None:
+                self.watch.depth -= 1
 
         self._arrivals.append(edge.node.register_prehook(arrive))
 
-    def _deliver(self, call: Call, cotangents: list[Tensor | None]) -> None:
+    @contextmanager
+    def replay(self) -> Iterator[Callable[..., Any]]:
+        """Let what activation checkpointing recomputes be computed as it was in the forward pass (pitfalls.md G13).
+
+        Yields ``torch.autograd.grad``, to be used for the backward pass.
+        """
+        if self.watch is None:
+            yield torch.autograd.grad
+            return
+        tapped = [unit for unit in self.units if unit.bare is None and not unit.static]
+        hooks: list[Any] = [u.module.register_forward_pre_hook(self._suspend, prepend=True) for u in tapped]
+        hooks += [u.module.register_forward_hook(self._resume, always_call=True) for u in tapped]
+        self.watch.record = lambda call: None
+        try:
+            with self.watch:
+                yield open_to_modes(torch.autograd.grad)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _deliver(self, call: Call | BareCall, cotangents: list[Tensor | None]) -> None:
         call.cotangents = [None if g is None else g.detach() for g in cotangents]
-        for i, g in enumerate(call.cotangents):
-            if g is not None and not has_batch(call.unit.module, i, g, self.batch):
-                raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
-        call.check()
+        if isinstance(call, Call):
+            for i, g in enumerate(call.cotangents):
+                if g is not None and not has_batch(call.unit, i, g, self.batch):
+                    raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
+        check_unchanged(call)
         call.outputs = []
         if any(g is not None for g in call.cotangents):
             self._sink(call)
         call.cotangents = []
 
-    def backward(self, total: Tensor, sink: Callable[[Call], None], retain_graph: bool = False) -> None:
+    def backward(self, total: Tensor, sink: Callable[[Any], None], retain_graph: bool = False) -> None:
         """One backward pass from a scalar to the tapped outputs, which computes no gradient of any parameter.
 
         Args:
@@ -208,7 +399,14 @@ class Tap:
         if not edges:
             return
         try:
-            gradients: list[Tensor | None] = list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=retain_graph))
+            with self.replay() as grad:
+                gradients: list[Tensor | None] = list(grad(total, edges, allow_unused=True, retain_graph=retain_graph))
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                ["activation checkpointing with use_reentrant=True hides its layers; set use_reentrant=False."]
+            ) from None
         finally:
             for hook in self._arrivals:  # never from inside a hook: autograd is iterating over them there
                 hook.remove()
@@ -225,10 +423,35 @@ class Tap:
             self._deliver(call, cotangents)
 
 
-def has_batch(module: nn.Module, position: int, output: Tensor, batch: int) -> bool:
-    """Whether an output has the examples where they are expected."""
-    axis = batch_axis(module, position)
-    return output.dim() > axis and output.shape[axis] == batch
+def hollow(x: Any) -> Any:
+    """A tensor of the same shape that holds nothing."""
+    return x.new_empty(()).expand(x.shape) if isinstance(x, Tensor) else x
+
+
+def watch_of(units: list[Unit], batch: int, record: Callable[[BareCall], None]) -> Watch:
+    """The mode that follows the parameters of a model's units; everything else that the modules hold is a constant."""
+    root = units[0].root
+    held = dict(root.named_parameters()) if root is not None else {}
+    owners: dict[str, Unit] = {}
+    for unit in units:
+        for name in unit.params.values():
+            owners.setdefault(name, unit)
+    return Watch(constants_of(root), {name: held[name] for name in owners}, owners, batch, record)
+
+
+def constants_of(model: nn.Module | None) -> list[Tensor]:
+    """Tensors that the modules hold before a pass begins, trainable parameters apart."""
+    if model is None:
+        return []
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    return [*frozen, *model.buffers(), *attributes]
+
+
+def has_batch(unit: Unit, position: int, output: Tensor, batch: int) -> bool:
+    """Whether an output has the examples where they are expected, ``k`` rows for each."""
+    axis = row_axis(unit, position)
+    return output.dim() > axis and output.shape[axis] > 0 and output.shape[axis] % batch == 0
 
 
 def no_batch_axis(unit: Unit, shape: tuple[int, ...], batch: int) -> str:

@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dptrain_torch.bare import BareCall
+from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Loss, batch_size, call_model, call_uses, example_losses
 from dptrain_torch.hooks import Call, Tap, find_units
 from dptrain_torch.uses import DirectUse, Use, ghost_norm, square_sum, weighted
@@ -53,7 +55,7 @@ def time_norms(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, dict[str
     result: dict[str, dict[str, float]] = {}
     w = torch.ones_like(batch.mask, dtype=next(model.parameters()).dtype)
 
-    def sink(call: Call) -> None:
+    def sink(call: Call | BareCall) -> None:
         for use in call_uses(call).values():
             if isinstance(use, DirectUse):
                 continue
@@ -62,7 +64,7 @@ def time_norms(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, dict[str
             times["instantiate"] += seconds(partial(instantiate_way, use, w), w.device)
 
     size = batch_size(batch.x)
-    with torch.enable_grad(), Tap(find_units(model), size) as tap:
+    with torch.enable_grad(), Tap(find_units(model, describe(model, batch.x).layers), size) as tap:
         losses = example_losses(loss, call_model(model, batch.x), batch.y, size)
     with torch.enable_grad():
         total = losses.sum()

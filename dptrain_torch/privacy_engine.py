@@ -31,12 +31,11 @@ from dptrain.step import Release, Update
 from dptrain.strategies import SensitivityStrategy
 from dptrain_torch import engine, gradients, graph
 from dptrain_torch.backend import TorchBackend
-from dptrain_torch.describe import facts_of_calls
+from dptrain_torch.describe import SIZES, arguments_of, facts_of_calls
+from dptrain_torch.describe import probe as probe_calls
 from dptrain_torch.fitting.first_step import check_first_step
 from dptrain_torch.fitting.loader import Ticket, private_loader
-from dptrain_torch.hooks import Tap, find_units
-
-FIRST_CALLS = 3  # layers whose cotangents show whether examples are mixed anywhere above them
+from dptrain_torch.hooks import FIRST_CALLS, Tap, find_units
 
 
 @dataclass
@@ -288,7 +287,7 @@ class PrivacyEngine:
         shadow.privacy_engine, shadow.get_privacy_spent = self, self.get_privacy_spent
         self.optimizer = optimizer
         self._inner = Inner(optimizer, original)
-        self._handles = [self.module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)]
+        self._handles = [self._watch()]
 
     def detach(self) -> None:
         """Leave model and optimizer as they were; a partial logical batch is discarded. The ledger stays."""
@@ -305,8 +304,14 @@ class PrivacyEngine:
         self.optimizer = None
 
     # --- watching the model ---
+    def _watch(self) -> Any:
+        """Follow the model's calls; returns the handle."""
+        return self.module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._depth == 0 and torch.is_grad_enabled():
+            if self._update is None:
+                self._prepare(args, kwargs)
             first = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()), None)
             if first is not None:
                 if self._recording is None:
@@ -388,8 +393,6 @@ class PrivacyEngine:
         assert loss is not None
         self._same_parameters()
         recording.keep(len(loss))
-        if self._update is None:
-            self._prepare(recording, len(loss))
         grads = self._bounded_sum(recording, loss, mask)
         self._recording, self._served = None, True
         self._total = grads if self._total is None else self.backend.add(self._total, grads)
@@ -485,13 +488,22 @@ class PrivacyEngine:
         self.stepped = True
 
     # --- plans ---
-    def _prepare(self, recording: Recording, size: int) -> None:
-        """The plan, from what the first forward pass showed."""
-        info = facts_of_calls(self.module, self.units, recording.tap.calls, size)
-        self._adopt(self.strategy.plan(info), info)
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The plan, from small passes over what the model is called with for the first time."""
+        attached = bool(self._handles)
+        for handle in self._handles:  # these passes are not recorded, and a module with hooks of its own would be tapped as a whole
+            handle.remove()
+        try:
+            with engine.kept_state(self.module):
+                units, calls = probe_calls(self.module, args, kwargs)
+            info = facts_of_calls(self.module, units, calls, SIZES[0])
+            self._adopt(self.strategy.plan(info), info)
+        finally:
+            self._handles = [self._watch()] if attached else []
 
     def _adopt(self, plan: Plan, info: Any) -> None:
         release, self.plan = None, plan
+        self.units = find_units(self.module, plan.layers)
         if self.budget is not None:
             mechanism, privacy = self.budget.mechanism, self.budget.privacy
             stds = mechanism.stds(plan, privacy.relation)
@@ -509,6 +521,7 @@ class PrivacyEngine:
         """Validate the model, and for a proof restore and certify its constraints, on a small batch of inputs."""
         if not self.strategy.proves:
             engine.validate(self.module, probe)
+            self._prepare(*arguments_of(probe))
             return
         engine.project(self.module, probe)
         info = engine.facts(self.module, probe, self.loss_constant)

@@ -36,12 +36,32 @@ class Rule:
         facts: ``(module, input, output) -> Facts``.
         uses: ``(module, input, cotangent) -> {role: use}``.
         problem: ``(module) -> sentence or None``: settings that cannot be handled.
+        whole: ``(module, args, kwargs, cotangent) -> {role: use}``, in place of ``uses`` where one input is not enough.
+        bias: ``(module, cotangent) -> per-sample gradient`` of the role ``bias``, which needs no input.
     """
 
     kind: str
     facts: Callable[[Any, Tensor, Tensor], Facts]
     uses: Callable[[Any, Tensor, Tensor], dict[str, Use]]
     problem: Callable[[Any], str | None] = lambda module: None
+    whole: Callable[[Any, Any, Any, Tensor], dict[str, Use]] | None = None
+    bias: Callable[[Any, Tensor], Tensor] | None = None
+
+
+# --- biases of layers that have a weight too --------------------------------------------------------------------------------
+
+
+def last_axis_bias(module: Any, g: Tensor) -> Tensor:
+    return wide(g).reshape(g.shape[0], -1, g.shape[-1]).sum(1)
+
+
+def channel_bias(module: Any, g: Tensor) -> Tensor:
+    return wide(g).flatten(2).sum(2)
+
+
+def trailing_bias(module: Any, g: Tensor) -> Tensor:
+    between = list(range(1, g.dim() - len(module.normalized_shape)))
+    return wide(g).sum(between) if between else wide(g)
 
 
 # --- linear ---------------------------------------------------------------------------------------------------------------
@@ -55,6 +75,17 @@ def linear_uses(module: nn.Linear, a: Tensor, g: Tensor) -> dict[str, Use]:
     batch = g.shape[0]
     a, g = wide(a).reshape(batch, -1, a.shape[-1]), wide(g).reshape(batch, -1, g.shape[-1])  # [B, T, D], [B, T, p]
     return {"weight": LinearUse(a, g), "bias": DirectUse(g.sum(1))}
+
+
+def transposed_linear_facts(module: Any, a: Tensor, z: Tensor) -> Facts:
+    return {"positions": z[0, ..., 0].numel(), "fan_in": a.shape[-1], "fan_out": z.shape[-1]}
+
+
+def transposed_linear_uses(module: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
+    """``z = a W``: the roles of input and output are swapped."""
+    batch = g.shape[0]
+    a, g = wide(a).reshape(batch, -1, a.shape[-1]), wide(g).reshape(batch, -1, g.shape[-1])
+    return {"weight": LinearUse(g, a), "bias": DirectUse(g.sum(1))}
 
 
 # --- convolution ----------------------------------------------------------------------------------------------------------
@@ -132,6 +163,47 @@ def embedding_problem(module: nn.Embedding) -> str | None:
     return "sparse gradients cannot receive noise on every row; set sparse=False" if module.sparse else None
 
 
+def bags(module: nn.EmbeddingBag, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What a call looks up: ids ``[B, L]`` and coefficients ``[B, L]``, 0 where a bag is shorter or holds the padding index."""
+    ids, offsets, scale = (kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(BAG_ARGUMENTS))
+    if ids.dim() == 1:  # one list of ids, cut where the offsets say
+        count = len(offsets) - bool(module.include_last_offset)
+        place = torch.arange(len(ids), device=ids.device)
+        bag = torch.searchsorted(offsets[:count].contiguous(), place, right=True) - 1
+        within = place - offsets[bag]
+        length = int(within.max()) + 1 if len(ids) else 0
+        full = ids.new_zeros(count, length)
+        full[bag, within] = ids
+        used = torch.zeros(count, length, dtype=module.weight.dtype, device=ids.device)
+        used[bag, within] = 1 if scale is None else scale.detach().to(used.dtype)
+        ids = full
+    else:
+        used = torch.ones_like(ids, dtype=module.weight.dtype) if scale is None else scale.detach()
+    return ids.long(), used if module.padding_idx is None else used.masked_fill(ids == module.padding_idx, 0.0)
+
+
+BAG_ARGUMENTS = ("input", "offsets", "per_sample_weights")
+
+
+def bag_facts(module: nn.EmbeddingBag, a: Tensor, z: Tensor) -> Facts:
+    return {"positions": a.numel() // len(z), "fan_in": module.num_embeddings, "fan_out": module.embedding_dim}
+
+
+def bag_uses(module: nn.EmbeddingBag, args: Any, kwargs: Any, g: Tensor) -> dict[str, Use]:
+    g = wide(g)
+    ids, used = bags(module, args, kwargs)
+    used = wide(used)
+    if module.mode == "max":  # each column comes from one id of the bag
+        rows = wide(module.weight.detach())[ids].masked_fill((used == 0).unsqueeze(-1), float("-inf"))
+        best = ids.gather(1, rows.argmax(1)) if ids.shape[1] else ids.new_zeros(g.shape)
+        full = used.any(1, keepdim=True)
+        out = g.new_zeros(len(g), module.num_embeddings, g.shape[1])
+        return {"weight": DirectUse(out.scatter_add_(1, best.unsqueeze(1), torch.where(full, g, 0).unsqueeze(1)))}
+    if module.mode == "mean":
+        used = used / (used != 0).sum(1, keepdim=True).clamp(min=1)
+    return {"weight": EmbeddingUse(ids, used.unsqueeze(-1) * g.unsqueeze(1), module.num_embeddings)}
+
+
 # --- normalisation --------------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +250,10 @@ def norm_problem(module: Any) -> str | None:
 
 # --- the table ------------------------------------------------------------------------------------------------------------
 
-_CONV = Rule(CONV, conv_facts, conv_uses)
-_SPECTRAL_CONV = Rule(CONV, conv_facts, spectral_conv_uses)
+_CONV = Rule(CONV, conv_facts, conv_uses, bias=channel_bias)
+_SPECTRAL_CONV = Rule(CONV, conv_facts, spectral_conv_uses, bias=channel_bias)
 RULES: Mapping[type[nn.Module], Rule] = {
-    nn.Linear: Rule(LINEAR, linear_facts, linear_uses),
+    nn.Linear: Rule(LINEAR, linear_facts, linear_uses, bias=last_axis_bias),
     nn.Conv1d: _CONV,
     nn.Conv2d: _CONV,
     nn.Conv3d: _CONV,
@@ -192,12 +264,17 @@ RULES: Mapping[type[nn.Module], Rule] = {
     SpectralConv2d: _SPECTRAL_CONV,
     BoundedBias: Rule(BIAS, bias_facts, bias_uses),
     nn.Embedding: Rule(EMBEDDING, embedding_facts, embedding_uses, embedding_problem),
-    nn.LayerNorm: Rule(NORM, norm_facts, layer_norm_uses),
+    nn.EmbeddingBag: Rule(EMBEDDING, bag_facts, lambda module, a, g: {}, embedding_problem, bag_uses),
+    nn.LayerNorm: Rule(NORM, norm_facts, layer_norm_uses, bias=trailing_bias),
     nn.RMSNorm: Rule(NORM, norm_facts, rms_norm_uses),
-    nn.GroupNorm: Rule(NORM, norm_facts, group_norm_uses),
-    nn.InstanceNorm1d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem),
-    nn.InstanceNorm2d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem),
-    nn.InstanceNorm3d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem),
+    nn.GroupNorm: Rule(NORM, norm_facts, group_norm_uses, bias=channel_bias),
+    nn.InstanceNorm1d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem, bias=channel_bias),
+    nn.InstanceNorm2d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem, bias=channel_bias),
+    nn.InstanceNorm3d: Rule(NORM, norm_facts, instance_norm_uses, norm_problem, bias=channel_bias),
+}
+# Classes of libraries that are not imported here, by module and name.
+NAMED_RULES: Mapping[tuple[str, str], Rule] = {
+    ("transformers.pytorch_utils", "Conv1D"): Rule(LINEAR, transposed_linear_facts, transposed_linear_uses, bias=last_axis_bias),
 }
 
 
@@ -205,6 +282,9 @@ def rule_for(module: nn.Module) -> Rule | None:
     """The row of a module's class; a subclass counts only if it inherits ``forward`` unchanged."""
     if is_parametrized(module):
         return None  # the weight is computed from other parameters
+    named = NAMED_RULES.get((type(module).__module__, type(module).__name__))
+    if named is not None:
+        return None if module._forward_pre_hooks or module._forward_hooks else named
     for cls in type(module).__mro__:
         if cls in RULES:
             own = getattr(type(module), "forward", None) is getattr(cls, "forward", None)
@@ -233,7 +313,9 @@ def batch_axis(module: nn.Module, position: int) -> int:
     return 0
 
 
-def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, cotangents: list[Tensor | None]) -> dict[str, Use]:
+def generic_uses(
+    module: nn.Module, names: list[str], args: Any, kwargs: Any, cotangents: list[Tensor | None], shared: int = 0
+) -> dict[str, Use]:
     """The slow method: per-sample gradients of a whole module, by ``vmap``, or one example at a time where torch cannot batch it.
 
     Args:
@@ -241,8 +323,9 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
         names: its trainable parameters, relative names.
         args, kwargs: what it was called with; tensors whose first axis is B are split into examples.
         cotangents: of its tensor outputs, in order; None where the loss does not depend on one.
+        shared: bit i says that argument i is the same for all examples, whatever its shape.
     Returns:
-        Relative name -> use.
+        Relative name -> use, one row for each row of the cotangents.
     Raises:
         UnsupportedModelError: the module draws random numbers.
     """
@@ -252,23 +335,36 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
     leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
     places = iter(range(len(leaves)))
     inputs = [batch_axis(module, next(places)) if isinstance(x, Tensor) else None for x in leaves]
-    split = [axis is not None and x.dim() > axis and x.shape[axis] == batch for x, axis in zip(leaves, inputs, strict=True)]
+    split = [
+        axis is not None and not shared >> i & 1 and x.dim() > axis and x.shape[axis] == batch
+        for i, (x, axis) in enumerate(zip(leaves, inputs, strict=True))
+    ]
     present = [i for i, c in enumerate(cotangents) if c is not None]
     params = dict(module.named_parameters())
     constant = {k: v.detach() for k, v in params.items() if k not in names} | dict(module.named_buffers())
 
-    def one(xs: list[Tensor], gs: list[Tensor]) -> dict[str, Tensor]:
+    def outputs(weights: dict[str, Tensor], xs: list[Tensor]) -> list[Tensor]:
         it = iter(xs)
         full = [next(it).unsqueeze(axis or 0) if is_split else x for x, is_split, axis in zip(leaves, split, inputs, strict=True)]
         call_args, call_kwargs = tree_unflatten(full, spec)
+        out = torch.func.functional_call(module, {**constant, **weights}, call_args, call_kwargs)
+        tensors = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+        return [tensors[i] for i in present]
 
-        def outputs(weights: dict[str, Tensor]) -> list[Tensor]:
-            out = torch.func.functional_call(module, {**constant, **weights}, call_args, call_kwargs)
-            tensors = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
-            return [tensors[i] for i in present]
+    def rows_of(gs: list[Tensor]) -> list[Tensor]:
+        return [g.unsqueeze(axes[i]) for g, i in zip(gs, present, strict=True)]
 
-        vjp: Any = torch.func.vjp(outputs, {name: params[name].detach() for name in names})[1]
-        return dict(vjp([g.unsqueeze(axes[i]) for g, i in zip(gs, present, strict=True)])[0])
+    def one(xs: list[Tensor], gs: list[Tensor]) -> dict[str, Tensor]:
+        vjp: Any = torch.func.vjp(lambda weights: outputs(weights, xs), {name: params[name].detach() for name in names})[1]
+        return dict(vjp(rows_of(gs))[0])
+
+    def one_plainly(xs: list[Tensor], gs: list[Tensor]) -> list[Tensor]:
+        weights = {name: params[name].detach().requires_grad_() for name in names}
+        with torch.enable_grad():
+            out = outputs(weights, xs)
+        used = [(z, g.to(z.dtype)) for z, g in zip(out, rows_of(gs), strict=True) if z.requires_grad]
+        found = torch.autograd.grad([z for z, _ in used], list(weights.values()), [g for _, g in used], allow_unused=True)
+        return [torch.zeros_like(params[name]) if g is None else g for name, g in zip(names, found, strict=True)]
 
     xs = [x.movedim(axis, 0) for x, is_split, axis in zip(leaves, split, inputs, strict=True) if is_split]
     gs = [c.movedim(axis, 0) for c, axis in zip(cotangents, axes, strict=True) if c is not None]
@@ -284,7 +380,7 @@ def generic_uses(module: nn.Module, names: list[str], args: Any, kwargs: Any, co
                     "turn that off."
                 ]
             ) from None
-        # Recurrent kernels, data-dependent shapes: vmap cannot, a loop can.
-        rows = [one([x[i] for x in xs], [g[i] for g in gs]) for i in range(batch)]
-        gradients = {name: torch.stack([row[name] for row in rows]) for name in names}
+        # Recurrent kernels, data-dependent shapes: vmap cannot, a loop of plain autograd can.
+        rows = [one_plainly([x[i] for x in xs], [g[i] for g in gs]) for i in range(batch)]
+        gradients = {name: torch.stack(row).detach() for name, row in zip(names, zip(*rows, strict=True), strict=True)}
     return {name: DirectUse(wide(gradient)) for name, gradient in gradients.items()}

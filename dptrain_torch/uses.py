@@ -39,6 +39,11 @@ def covered(positions: Sequence[int], kernel: Sequence[int], stride: Sequence[in
     return tuple((t - 1) * r + d * (k - 1) + 1 for t, k, r, d in zip(positions, kernel, stride, dilation, strict=True))
 
 
+def split_rows(x: Tensor, batch: int) -> Tensor:
+    """``[k B, ...]`` as ``[B, k, ...]``."""
+    return x.reshape(batch, len(x) // batch, *x.shape[1:])
+
+
 # Channels times taps up to which one product over positions takes in all taps.
 TAP_WIDTH = 192
 
@@ -83,6 +88,10 @@ class Use:
         """The same use with the examples zeroed whose flag is False."""
         raise TypeError(f"{type(self).__name__} cannot be masked")
 
+    def fold(self, batch: int) -> Use:
+        """The same use where ``k B`` rows are B examples of k rows each, the examples outermost."""
+        raise TypeError(f"{type(self).__name__} cannot be folded")
+
 
 @dataclass
 class DirectUse(Use):
@@ -95,6 +104,9 @@ class DirectUse(Use):
 
     def keep(self, finite: Tensor) -> Use:
         return DirectUse(per_example(finite, self.gradient))
+
+    def fold(self, batch: int) -> Use:
+        return DirectUse(split_rows(self.gradient, batch).sum(1))
 
 
 @dataclass
@@ -128,6 +140,9 @@ class LinearUse(Use):
 
     def keep(self, finite: Tensor) -> Use:
         return LinearUse(per_example(finite, self.a), per_example(finite, self.g))
+
+    def fold(self, batch: int) -> Use:
+        return LinearUse(*(t.reshape(batch, -1, t.shape[2]) for t in (self.a, self.g)))
 
 
 @dataclass
@@ -166,6 +181,9 @@ class EmbeddingUse(Use):
 
     def keep(self, finite: Tensor) -> Use:
         return replace(self, g=per_example(finite, self.g))
+
+    def fold(self, batch: int) -> Use:
+        return replace(self, ids=self.ids.reshape(batch, -1), g=self.g.reshape(batch, -1, self.g.shape[2]))
 
 
 @dataclass
@@ -274,6 +292,59 @@ class ConvUse(Use):
     def keep(self, finite: Tensor) -> Use:
         return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g))
 
+    def fold(self, batch: int) -> Use:
+        return FoldedConvUse(self, len(self.x) // batch)
+
+
+@dataclass
+class FoldedConvUse(Use):
+    """A convolution of ``k B`` rows that are B examples of k rows each."""
+
+    rows: ConvUse
+    parts: int  # k
+    ghost = True
+
+    def lifted(self) -> ConvUse:
+        """The rows of an example as one more spatial axis, along which the kernel has size 1."""
+        rows = self.rows
+        x, g = (split_rows(t, len(t) // self.parts).transpose(1, 2) for t in (rows.x, rows.g))
+        pads = ((0, 0), *rows.pads)
+        if rows.mode != "constant":  # padded here, since torch pads at most three axes of one array in the other modes
+            x, pads = split_rows(rows.padded(), len(x)).transpose(1, 2), ((0, 0),) * len(pads)
+        return ConvUse(x, g, (1, *rows.kernel), (1, *rows.stride), (1, *rows.dilation), rows.groups, pads)
+
+    def instantiate(self) -> Tensor:
+        return self.lifted().instantiate().squeeze(3)
+
+    def inner(self, other: Use) -> Tensor | None:
+        if not isinstance(other, FoldedConvUse):
+            return None
+        one = self.lifted()
+        return one.inner(one if other is self else other.lifted())
+
+    def magnitude(self) -> Tensor:
+        return self.lifted().magnitude()
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        return self.rows.weighted_sum(w.repeat_interleave(self.parts))
+
+    def keep(self, finite: Tensor) -> Use:
+        flags, rows = finite.repeat_interleave(self.parts), self.rows
+        return FoldedConvUse(replace(rows, x=per_example(flags, rows.x), g=per_example(flags, rows.g)), self.parts)
+
+
+def joined(uses: Sequence[Use]) -> Sequence[Use]:
+    """The same uses, linear ones of equal width as one over all their positions: a layer called T times needs one Gram matrix, not T^2."""
+    linear: dict[tuple[int, int], list[LinearUse]] = {}
+    rest: list[Use] = []
+    for use in uses:
+        if isinstance(use, LinearUse):
+            linear.setdefault((use.a.shape[2], use.g.shape[2]), []).append(use)
+        else:
+            rest.append(use)
+    merged = [u[0] if len(u) == 1 else LinearUse(torch.cat([v.a for v in u], 1), torch.cat([v.g for v in u], 1)) for u in linear.values()]
+    return [*merged, *rest]
+
 
 def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
     """Squared norm of a parameter's per-sample gradient from all pairs of its uses.
@@ -288,6 +359,7 @@ def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
     Source: math.md section 2; pitfalls.md G1 and G11; Higham and Mary 2019 for the size of rounding errors in long sums.
     """
     total: Any = 0
+    uses = joined(uses)
     for i, one in enumerate(uses):
         for j in range(i + 1):
             value = one.inner(uses[j])

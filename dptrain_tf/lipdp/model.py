@@ -23,6 +23,7 @@ from keras.src.models.functional import Functional
 
 from accounting import PrivacyLedger, SampledGaussian
 from dptrain.errors import ConfigError, DataError
+from dptrain_tf.fitting.steps import tickets, train_function
 from dptrain_tf.lipdp.dynamic import AdaptiveQuantileClipping, QuantileSettings
 from dptrain_tf.lipdp.layers import DP_MergeResidual, DP_SplitResidual, DP_WrappedResidual, collapse
 from dptrain_tf.lipdp.losses import DP_Loss
@@ -214,28 +215,15 @@ class _Private:
         self._session.start(x, y)
         # Keras asks its metrics for results after the epoch, and "accuracy" is chosen by the form of the first targets it sees.
         self.compute_metrics(None, *self._session.metrics_probe())  # type: ignore[attr-defined]
-        tickets = tf.data.Dataset.range(metadata.steps if steps_per_epoch is None else steps_per_epoch).batch(1)
+        per_epoch = metadata.steps if steps_per_epoch is None else steps_per_epoch
         return super().fit(  # type: ignore[misc]
-            tickets, epochs=epochs, verbose=verbose, callbacks=callbacks, validation_data=validation_data, shuffle=False,
+            tickets(per_epoch), epochs=epochs, verbose=verbose, callbacks=callbacks, validation_data=validation_data, shuffle=False,
             initial_epoch=initial_epoch, **kwargs,
         )  # fmt: skip
 
     def make_train_function(self, force: bool = False) -> None:
         """What Keras calls once per step, or per ``steps_per_execution`` steps."""
-
-        def steps(tickets: Any) -> dict[str, Any]:
-            for _ in range(self.steps_per_execution):  # type: ignore[attr-defined]
-                if next(tickets, None) is None:
-                    break
-                stats = self._session.run()
-                if stats["count"]:
-                    self._loss_tracker.update_state(stats["loss"] / stats["count"], sample_weight=stats["count"])  # type: ignore[attr-defined]
-                if self.debug:
-                    for x, y in self._session.drawn():
-                        self.compute_metrics(x, y, self(x, training=False))  # type: ignore[attr-defined, operator]
-            return self.get_metrics_result() if self.debug else {"loss": self._loss_tracker.result()}  # type: ignore[attr-defined]
-
-        self.train_function = steps
+        self.train_function = train_function(self, self._session, lambda: self.debug)
 
     def train_step(self, data: Any) -> Any:
         """Refused: Keras' own step has no noise."""

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from accounting import NeighboringRelation, PrivacyLedger, SampledGaussian, get_accountant
 from dptrain.adaptive import AdaptiveClip
+from dptrain.budget import open_ledger
 from dptrain.config import Performance
 from dptrain.data import Dataset, validate
 from dptrain.errors import ConfigError, UnsupportedModelError
@@ -27,12 +28,13 @@ from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler, physical_batches
+from dptrain.sampling import PoissonSampler
 from dptrain.step import Release, TrainingStep
 from dptrain.strategies import get_strategy
 from dptrain.strategies.clipless import Clipless
 from dptrain_tf import engine, gradients
 from dptrain_tf.backend import TensorFlowBackend
+from dptrain_tf.fitting.steps import Steps
 from dptrain_tf.hooks import find_units
 from dptrain_tf.lipdp.dynamic import QuantileSettings
 from dptrain_tf.lipdp.layers import DP_ClipGradient
@@ -148,7 +150,7 @@ class Facts:
     event: SampledGaussian
 
 
-class Session:
+class Session(Steps):
     """Training state of one model.
 
     Args:
@@ -167,17 +169,13 @@ class Session:
         ledger: PrivacyLedger | str | Path | None = None,
         physical_batch_size: int | None = None,
     ) -> None:
-        self.model, self.parameters, self.metadata = model, parameters, metadata
+        super().__init__(model)
+        self.parameters, self.metadata = parameters, metadata
         self.ledger, self.physical = open_ledger(ledger), physical_batch_size
         self.loss: DP_Loss | None = None
         self.eager = False
         self.quantile: QuantileSettings | None = None
         self.keys = RandomKey.make(SAMPLING), RandomKey.make(NOISE)
-        self.count = 0  # steps begun; each index is used once for sampling and noise
-        self.executor: TensorFlowBackend | None = None
-        self.step: TrainingStep | None = None
-        self.in_force: PlanInForce | None = None
-        self.certified: dict[str, np.ndarray] = {}
         self.labels = np.zeros(0)  # training targets as they were given
 
     # --- facts ---
@@ -292,37 +290,11 @@ class Session:
         whole = min(math.ceil(mean + 3 * math.sqrt(mean)), self.metadata.nb_samples_train)
         return whole if whole * copies <= LARGEST else max(1, LARGEST // 2 // copies)
 
-    def certify(self, scale: float) -> None:
-        """Take the bounds of the weights as they are, which have been projected."""
-        assert self.in_force is not None and self.in_force.info.graph is not None and self.executor is not None
-        self.certified = self.executor.graph_weights(self.model, self.in_force.info.graph)
-        self.in_force.restore({"scale": np.asarray(scale)}, self.certified)
-
-    def run(self) -> dict[str, float]:
-        """One step, after proving the bounds again if a callback has written weights since the last one.
-
-        Returns:
-            Sums for the progress display. NOT private.
-        Guarantee: the bounds in force are those of the very weights that the step differentiates.
-        """
-        assert self.step is not None and self.executor is not None and self.in_force is not None
-        graph = self.in_force.info.graph
-        assert graph is not None
-        now = self.executor.graph_weights(self.model, graph)
-        if not all(np.array_equal(value, self.certified[name]) for name, value in now.items()):
-            self.executor.constrain(self.model, graph)
-            self.certify(self.in_force.scale)
-        index, self.count = self.count, self.count + 1
-        stats = self.step(index)
-        self.certified = self.executor.graph_weights(self.model, graph)
-        return stats
-
     def drawn(self) -> list[tuple[Any, Any]]:
         """The last logical batch, in pieces, for metrics. NOT private."""
         assert self.step is not None
-        step = self.step
-        pieces = physical_batches(step.sampler.sample(self.count - 1), step.physical_batch_size)
-        return [(fold(step.x[part[mask]], isinstance(step.x, Copies)), self.labels[part[mask]]) for part, mask in pieces]
+        x = self.step.x
+        return [(fold(x[part], isinstance(x, Copies)), self.labels[part]) for part in self.pieces()]
 
     def metrics_probe(self) -> tuple[Any, Any]:
         """Targets in the form they were given, and outputs, of synthetic examples."""
@@ -383,12 +355,3 @@ def check_clips(model: Any, info: ModelInfo) -> None:
         raise UnsupportedModelError(
             [f"layer {name!r} would clip each copy of an example and not all of them together; remove it." for name in inner]
         )
-
-
-def open_ledger(ledger: PrivacyLedger | str | Path | None) -> PrivacyLedger:
-    """The ledger, continued if its file exists."""
-    if isinstance(ledger, PrivacyLedger):
-        return ledger
-    if ledger is None:
-        return PrivacyLedger()
-    return PrivacyLedger.open(ledger) if Path(ledger).exists() else PrivacyLedger(ledger)

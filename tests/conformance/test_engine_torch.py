@@ -228,6 +228,37 @@ def test_dropout_uses_the_very_masks_of_the_users_pass() -> None:
     assert engine.steps == 3
 
 
+class TokenModel(nn.Module):
+    """A class token, a position embedding and a layer scale, owned by the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Linear(6, 8)
+        self.token, self.position = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(0.1 * torch.ones(1, 7, 8))
+        self.scale, self.head = nn.Parameter(0.5 * torch.ones(8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), self.patch(x.squeeze(1))], 1) + self.position
+        return self.head((torch.tanh(h) * self.scale)[:, :3].mean(1))
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_bare_parameters_are_tapped_in_the_users_own_pass(probed: bool) -> None:
+    torch.manual_seed(0)
+    model = TokenModel().double()
+    twin = copy.deepcopy(model)
+    engine, optimizer = engine_for(model, unsafe_seed=6, noise_multiplier=1e-5, steps=1, epochs=None, probe=X[:3] if probed else None)
+    for x, y in engine.loader(DATA, physical_batch_size=N):
+        optimizer.step(loss=losses(model(x), y))
+    drawn = torch.from_numpy(PoissonSampler(N, 20 / N, RandomKey.make(SAMPLING, 6)).sample(0))
+    total = clipped_sum(twin, losses, X[drawn], Y[drawn], max_grad_norm=0.5)
+    for (name, p), before in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(before - p, total[name] / 20, rtol=0, atol=1e-5)
+    assert float(total["token"].norm()) > 1e-3
+    assert engine.plan is not None
+    assert {layer.name: layer.kind for layer in engine.plan.layers}["patch"] == "linear"
+
+
 def test_other_strategies() -> None:
     model = net()
     engine, optimizer = engine_for(model, strategy="non_private", max_grad_norm=None, noise_multiplier=None)

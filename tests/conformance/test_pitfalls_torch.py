@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.randomness import NOISE, RandomKey, StepNoise
-from dptrain_torch import clipped_sum, make_plan, per_sample_norms, self_check
+from dptrain_torch import clipped_sum, make_plan, per_sample_norms, self_check, validate
 from dptrain_torch.engine import full_batch
 from dptrain_torch.gradients import Batch, bounded_sum
 from dptrain_torch.losses import cross_entropy
 from dptrain_torch.update import privatize, zeros
+from tests.conformance.torch_oracle import assert_exact, fill, slow_layers
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.tensor([0, 1, 2, 0])
@@ -158,13 +159,53 @@ class TimeFirst(nn.Module):
         return self.head(torch.tanh(self.fc(x.transpose(0, 1))).mean(0))
 
 
-@pytest.mark.parametrize("length", [2, 3, 7])
-def test_a_batch_axis_that_is_not_first_is_refused(length: int) -> None:
-    """Also where T happens to equal the size of one probe."""
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7])
+def test_a_batch_axis_that_is_not_first_is_found(length: int) -> None:
+    """Also where T happens to equal the size of one probe, or that of the batch."""
     x = torch.randn(4, length, 6).double()
-    model = TimeFirst().double()
-    with pytest.raises(UnsupportedModelError, match=r"fc.*first axis is the batch"):
-        self_check(model, cross_entropy, x, Y, make_plan(model, x))
+    plan = assert_exact(fill(TimeFirst()), x, Y, cross_entropy)
+    assert slow_layers(plan) == []
+
+
+class Rolled(nn.Module):
+    """G9: rows ``[k B]`` with the examples innermost, which no shape gives away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.fc(x.transpose(0, 1).reshape(-1, 6))  # row t B + i belongs to example i
+        return self.head(torch.tanh(rows).view(x.shape[1], len(x), 5).mean(0))
+
+
+def test_examples_that_are_not_outermost_are_refused() -> None:
+    x = torch.randn(4, 3, 6).double()
+    with pytest.raises(UnsupportedModelError, match=r"fc\.weight.*rows of one example among those of another"):
+        per_sample_norms(Rolled().double(), cross_entropy, x, Y)
+    with pytest.raises(UnsupportedModelError, match=r"fc\.weight.*rows of one example among those of another"):
+        validate(Rolled().double(), x)
+
+
+class Indexed(nn.Module):
+    """A parameter expanded to a size that one batch has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.randn(1, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(x * self.scale.expand(x.shape[1], -1)).mean(1))
+
+
+def test_a_batch_that_cannot_be_told_from_a_dimension_is_refused() -> None:
+    """G9: with 5 examples the expansion to 5 positions looks like one copy per example; nothing may be trained on that guess."""
+    model = fill(Indexed())
+    x, y = torch.randn(6, 5, 6).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    plan = assert_exact(model, x, y, cross_entropy)
+    with pytest.raises(ConfigError, match="another physical batch size"):
+        bounded_sum(model, cross_entropy, full_batch(x[:5], y[:5]), plan)
+    bounded_sum(model, cross_entropy, full_batch(x[:4], y[:4]), plan)
 
 
 def test_ghost_norms_that_cancel_are_rounded_up() -> None:
@@ -185,21 +226,155 @@ def test_ghost_norms_that_cancel_are_rounded_up() -> None:
         assert float(part.norm()) <= 1e-3 * (1 + 1e-4)
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    """G13."""
+class Checkpointed(nn.Module):
+    """G13: layers, a bare parameter and a normalisation inside an activation checkpoint, a class token before it."""
 
-    class Checkpointed(nn.Module):
-        def __init__(self, inner: nn.Module, use: bool) -> None:
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.token, self.scale = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(6))
+        self.fc, self.norm, self.head = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def block(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * torch.tanh(self.norm(self.fc(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), x.unsqueeze(1)], 1)
+        h = checkpoint(self.block, h, **self.settings) if self.settings else self.block(h)
+        return self.head(h[:, 0])
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_activation_checkpointing_changes_nothing(two_pass: bool) -> None:
+    """G13: recomputed without reentrance; the other kind is refused with the remedy."""
+    model = Checkpointed(use_reentrant=False).double()
+    one = clipped_sum(model, cross_entropy, X, Y, 0.1, two_pass=two_pass)
+    model.settings = {}
+    two = clipped_sum(model, cross_entropy, X, Y, 0.1)
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
+    model.settings = {"use_reentrant": True}
+    with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
+        per_sample_norms(model, cross_entropy, X, Y)
+
+
+class Autocast(nn.Module):
+    """G13: a model that computes in bfloat16 and keeps its parameters in float32."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x).float()
+
+
+def test_autocast_stays_within_the_bound() -> None:
+    inner = fill(Checkpointed()).float()
+    x = X.float()
+    exact = per_sample_norms(inner, cross_entropy, x, Y)
+    torch.testing.assert_close(per_sample_norms(Autocast(inner), cross_entropy, x, Y), exact, rtol=3e-2, atol=0)
+    for i in range(4):
+        assert norm(clipped_sum(Autocast(inner), cross_entropy, x[i : i + 1], Y[i : i + 1], 1e-3)) <= 1e-3 * (1 + 1e-4)
+
+
+def test_a_second_forward_pass_before_the_backward_pass() -> None:
+    """G6: a model that calls its layers twice, and a pass of its own without gradients in between."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
             super().__init__()
-            self.inner, self.use = inner, use
+            self.body, self.token = mlp(), nn.Parameter(torch.randn(6))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(self.inner, x, use_reentrant=False) if self.use else self.inner(x)
+            first = self.body(x * self.token)
+            with torch.no_grad():
+                shift = self.body(x + self.token)
+            return first * self.body(x + self.token) + shift
 
-    inner = mlp()
-    one = clipped_sum(Checkpointed(inner, True), cross_entropy, X, Y, 0.1)
-    two = clipped_sum(Checkpointed(inner, False), cross_entropy, X, Y, 0.1)
-    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert_exact(fill(Twice()), X, Y, cross_entropy)
+
+
+def test_in_place_activations_of_a_real_network() -> None:
+    """G12: torchvision's residual block, whose activations overwrite what normalisation and convolution gave."""
+    from torchvision.models.resnet import BasicBlock
+
+    block = BasicBlock(3, 3, norm_layer=lambda c: nn.GroupNorm(1, c))
+    assert block.relu.inplace
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), block, nn.Flatten(), nn.Linear(48, 3))
+    assert_exact(fill(model), torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double(), Y, cross_entropy)
+
+
+def test_a_hand_tied_weight_beside_bare_parameters_is_followed() -> None:
+    """G23: with a parameter of its own in the model, functions are watched, and the second use of the table is exact."""
+
+    class Scaled(HandTied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale.exp()
+
+    assert_exact(fill(Scaled()), torch.arange(20).view(4, 5) % 9, torch.tensor([0, 8, 2, 5]), cross_entropy)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_are_all_frozen_are_an_error() -> None:
+    """G28: a PEFT-wrapped model in inference mode trains nothing."""
+    import peft
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), peft.LoraConfig(r=2, target_modules=["0"]))
+    model.double()
+    trained = set(clipped_sum(model, cross_entropy, X, Y))
+    assert trained and all("lora_" in name for name in trained)
+    model.requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="unfreeze"):
+        validate(model, X)
+
+
+def test_validate_leaves_everything_as_it_was_and_reports() -> None:
+    model = Checkpointed().double()
+    model.drop = nn.Dropout(0.5)
+    model.register_buffer("kept", torch.ones(3))
+    model.norm.eval()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    report = validate(model, X)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert {layer.name: layer.method for layer in report.layers} == {"model": "bare", "fc": "rule", "norm": "rule", "head": "rule"}
+    assert report.num_params == sum(p.numel() for p in model.parameters())
+    assert "token" in str(report) and "Checkpointed" in str(report)
+    assert validate(model, (X,), cross_entropy, Y) == report == validate(model, {"x": X[:1]})
+
+
+def test_validate_lists_every_problem() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4), nn.BatchNorm1d(4), BatchCentring()).double()
+    with pytest.raises(UnsupportedModelError) as error:
+        validate(model, X)
+    assert [("'1'" in p, "'3'" in p, "depends on its batch" in p) for p in error.value.problems] == [
+        (True, False, False), (False, True, False), (False, False, True),
+    ]  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"buffer '1\.seen'"):
+        validate(mlp(Running()), X)
+    with pytest.raises(UnsupportedModelError, match="unfreeze"):
+        validate(mlp().requires_grad_(False), X)
+    with pytest.raises(ConfigError, match="targets"):
+        validate(mlp(), X, cross_entropy)
+
+
+def test_an_error_in_attribution_that_leaves_the_sum_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of two examples' gradients is right if they are exchanged; the check must still refuse."""
+    from dptrain_torch.uses import LinearUse
+
+    original = LinearUse.weighted_sum
+    monkeypatch.setattr(LinearUse, "weighted_sum", lambda self, w: original(self, w.flip(0)))
+    with pytest.raises(UnsupportedModelError, match="rows of one example among those of another"):
+        validate(mlp(), X)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.9])

@@ -513,28 +513,28 @@ class InLoop(keras.Model):
 
 
 class Ids(keras.Model):
-    """Position ids without a batch axis."""
+    """Positions without a batch axis, in a layer that cannot be treated as if it had been called once for each example."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.positions = L.Embedding(6, 4), L.Embedding(5, 4)
+        self.embed, self.norm = L.Embedding(6, 4), L.LayerNormalization()
 
     def call(self, ids: Any) -> Any:
-        return self.embed(ids) + self.positions(keras.ops.arange(5))
+        return self.embed(ids) + self.norm(keras.ops.reshape(keras.ops.arange(20.0), (5, 4)))
 
 
 class NoisyBlock(L.Layer):
-    """Owns a weight and drops units."""
+    """Owns a weight and drops units itself."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.drop = L.Dropout(0.5)
+        self.seed = keras.random.SeedGenerator(0)
 
     def build(self, shape: Any) -> None:
         self.w = self.add_weight(name="w", shape=(shape[-1],))
 
-    def call(self, x: Any) -> Any:
-        return self.drop(x * self.w)
+    def call(self, x: Any, training: bool = False) -> Any:
+        return keras.random.dropout(x * self.w, 0.5, seed=self.seed) if training else x * self.w
 
 
 def remat() -> Any:
