@@ -149,8 +149,11 @@ NETWORKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NETWORKS)
+HEAVY = (("resnet", "tensorflow"), ("mixer", "tensorflow"))  # half a minute each; bounds and projection are the same code in both
+PAIRS = [pytest.param(name, b, marks=pytest.mark.slow if (name, b) in HEAVY else ()) for name in NETWORKS for b in BACKENDS]
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_network_bounds_hold_before_and_after_noisy_steps(backend: str, name: str) -> None:
     """50 steps with noise that throws the weights about; every weight obeys its certificate and every group its bound (L6, L8)."""
     config = run(

@@ -341,7 +341,10 @@ def untouched(model: Any) -> bool:
     return not any("call" in layer.__dict__ or layer.__dict__.get("activation", 0) is None for layer in children(model))
 
 
-@pytest.mark.parametrize("name", CASES)
+HEAVY = ("gru_bidirectional", "masked_lstm")  # half a minute each, like "lstm", which stays
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in CASES])
 def test_norms_and_sums_match_the_oracle(name: str) -> None:
     model, x, y = case(name)
     gradients = per_example(model, mean_squared_error, x, y)
