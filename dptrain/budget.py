@@ -141,7 +141,9 @@ class Budget:
         if privacy.target_epsilon is not None and schedule.num_releases is None:
             raise ConfigError("target_epsilon needs the number of steps to calibrate the noise: give epochs or steps.")
         self.privacy, self.schedule, self.ledger = privacy, schedule, open_ledger(ledger)
-        self.steps = 0  # begun in this session
+        self.steps = self.releases = 0  # begun and to be recorded in this session
+        self._in_pass: int | None = None  # steps since the last release; None where the next step needs one
+        self._observed = False  # whether passes announce themselves
         if privacy.noise_multiplier is not None:
             self.noise_multiplier = privacy.noise_multiplier
         else:
@@ -177,8 +179,22 @@ class Budget:
                 f"The {self.schedule.num_steps} planned steps are used up: {self.statement()} Training on would break the promise; "
                 "plan more epochs with a new engine that continues the ledger."
             )
+        new = self._in_pass is None or (not self._observed and self._in_pass >= self.schedule.per_release)
+        planned = self.schedule.num_releases
+        if new and planned is not None and self.releases >= planned:
+            raise BudgetError(f"The {planned} planned releases are used up, by passes that were cut short: {self.statement()}")
         self.steps += 1
-        return (self.steps - 1) % self.schedule.per_release == 0
+        self.releases += new
+        self._in_pass = 1 if new else (self._in_pass or 0) + 1
+        return new
+
+    def new_pass(self, observed: bool) -> None:
+        """A pass over shuffled data begins, or ends: what follows is another release, however short the last pass was.
+
+        Args:
+            observed: whether the engine itself sees the pass, so that its steps need not be counted.
+        """
+        self._in_pass, self._observed = None, observed
 
     def epsilon(self, delta: float | None = None) -> float:
         """Epsilon of everything in the ledger.
@@ -223,4 +239,5 @@ class Budget:
             held = sum(n for known, n in self.ledger.events if known == event)
             if count > held:
                 self.ledger.record(event, count - held)
-        self.steps = max(self.steps, steps)
+        self.steps, self.releases = max(self.steps, steps), max(self.releases, sum(count for _, count in events))
+        self._in_pass = None

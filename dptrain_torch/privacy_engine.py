@@ -33,7 +33,7 @@ from dptrain_torch import engine, gradients, graph
 from dptrain_torch.backend import TorchBackend
 from dptrain_torch.describe import SIZES, arguments_of, facts_of_calls
 from dptrain_torch.describe import probe as probe_calls
-from dptrain_torch.fitting.first_step import check_first_step
+from dptrain_torch.fitting.first_step import check_coupling, check_first_step
 from dptrain_torch.fitting.loader import Ticket, private_loader
 from dptrain_torch.hooks import FIRST_CALLS, Tap, find_units
 
@@ -157,10 +157,11 @@ class PrivacyEngine:
         self._update: Update | None = None
         self._in_force: PlanInForce | None = None
         self._certified: dict[str, np.ndarray] = {}
-        self._names = frozenset(gradients.trainable(module))
+        self._names = {name: id(p) for name, p in gradients.trainable(module).items()}
         self._noise_key = RandomKey.make(NOISE, unsafe_seed)
         self._index = 0
         self.sampling_key: RandomKey | None = None
+        self._pass = 0
         self.drawn = 0  # logical batches drawn by loaders
         self._checked = False
         self._handles: list[Any] = []
@@ -357,6 +358,7 @@ class PrivacyEngine:
 
     def arrive(self, ticket: Ticket) -> None:
         """A physical batch is about to be handed out."""
+        self.check_origin(ticket.origin)
         self.check_served()
         self._ticket, self._served, self._recording = ticket, False, None
 
@@ -373,9 +375,35 @@ class PrivacyEngine:
                 "batch would be added to a part of it."
             )
 
-    def new_pass(self) -> None:
-        """A pass over shuffled data begins."""
-        self._position = 0
+    def new_pass(self, observed: bool = False) -> int:
+        """A pass of a loader begins; a partial logical batch of an earlier one is discarded.
+
+        Args:
+            observed: whether it is a pass over shuffled data.
+        Returns:
+            Its number.
+        """
+        self.discard()
+        self._position, self._pass = 0, self._pass + 1
+        if observed and self.budget is not None:
+            self.budget.new_pass(observed=True)
+        return self._pass
+
+    def end_pass(self, origin: int) -> None:
+        """A pass over shuffled data has ended, or was left."""
+        if origin == self._pass and self.budget is not None:
+            self._position = 0
+            self.budget.new_pass(observed=False)
+
+    def check_origin(self, origin: int) -> None:
+        """Refuse a batch of a pass after which another one was begun: their logical batches would be mixed.
+
+        Raises:
+            RunError: it is such a batch.
+        """
+        if origin != self._pass:
+            self.discard()
+            raise RunError("Another pass over engine.loader was begun before this one ended; use one at a time.")
 
     def discard(self) -> None:
         """Forget a partial logical batch; nothing of it was released (pitfalls.md G22)."""
@@ -446,9 +474,9 @@ class PrivacyEngine:
 
     def _same_parameters(self) -> None:
         """Refuse parameters that were frozen or unfrozen since the plan was made (pitfalls.md G4)."""
-        if frozenset(gradients.trainable(self.module)) != self._names:
+        if {name: id(p) for name, p in gradients.trainable(self.module).items()} != self._names:
             self.discard()
-            raise ConfigError("Parameters were frozen or unfrozen after the engine was made; make a new engine that continues the ledger.")
+            raise ConfigError("Parameters were frozen, unfrozen or replaced since; make a new engine that continues the ledger.")
 
     def _bounded_sum(self, recording: Recording, loss: Tensor, mask: Tensor) -> gradients.Grads:
         """The trainer's sum, from the user's own forward pass."""
@@ -459,6 +487,8 @@ class PrivacyEngine:
             self._recertify()
             output = recording.output
             gradients.check_output(output, len(loss))
+            if not self._checked:
+                self._checked = check_coupling([output], loss, mask)
             return gradients.sum_below(self.module, output, output, loss, mask, self.plan, scale)
         if not self.plan.needs_norms:
             return gradients.loss_sum(self.module, loss, mask)
@@ -481,6 +511,11 @@ class PrivacyEngine:
         self._total, self._count = None, 0
         if self.budget is not None and self.budget.begin():
             self._update.record(self._index)
+        own = set(self._names.values())
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            for p in group["params"]:
+                if id(p) not in own:
+                    p.grad = None  # a frozen parameter with an old gradient would move by it, without noise
         index, self._index = self._index, self._index + 1
         self.last_stats = self._update.finish(index, total, count)
         if self.strategy.proves and self._in_force is not None and self._in_force.info.graph is not None:

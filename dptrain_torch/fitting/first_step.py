@@ -76,6 +76,25 @@ def check_first_step(
     return bool(usable)
 
 
+def check_coupling(outputs: list[Tensor], losses: Tensor, mask: Tensor) -> bool:
+    """Refuse losses of which one depends on another example's output.
+
+    Args:
+        outputs: of the model, in the graph of the losses.
+        losses: per-example losses ``[B]``.
+        mask: bool ``[B]``; False marks padding.
+    Returns:
+        Whether there was an example to look at.
+    Raises:
+        UnsupportedModelError: an example's loss has a gradient in the rows of another.
+    """
+    usable = [i for i in range(len(losses)) if bool(mask[i]) and bool(losses[i].isfinite())]
+    for i in usable[:EXAMPLES]:
+        if problems := coupled(torch.autograd.grad(losses[i], outputs, retain_graph=True, allow_unused=True), i, len(losses)):
+            raise UnsupportedModelError(problems)
+    return bool(usable)
+
+
 def coupled(gradients: tuple[Tensor | None, ...], i: int, batch: int) -> list[str]:
     """A sentence if the loss of example i has a gradient in the rows of another."""
     for g in gradients:

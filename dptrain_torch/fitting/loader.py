@@ -38,10 +38,12 @@ class Ticket:
     Args:
         mask: bool ``[B]``; False marks padding.
         last: whether it ends its logical batch.
+        origin: number of the pass that it belongs to.
     """
 
     mask: np.ndarray
     last: bool
+    origin: int
 
 
 def private_loader(engine: PrivacyEngine, data: Any, physical: int | None, options: dict[str, Any]) -> PoissonLoader | ShuffledLoader:
@@ -115,7 +117,7 @@ class PoissonLoader:
         left = self.engine.steps_left
         return self.engine.schedule.steps_per_pass if left is None else min(left, self.engine.schedule.steps_per_pass)
 
-    def _indices(self, tickets: deque[Ticket]) -> Iterator[list[int]]:
+    def _indices(self, tickets: deque[Ticket], origin: int) -> Iterator[list[int]]:
         for _ in range(len(self)):
             step, self.engine.drawn = self.engine.drawn, self.engine.drawn + 1  # each index is drawn once, used or not
             indices = self.sampler.sample(step)
@@ -123,13 +125,13 @@ class PoissonLoader:
             if not parts:  # an empty logical batch releases noise, so it is handed out too
                 parts = [(np.zeros(self.physical_batch_size, np.int64), np.zeros(self.physical_batch_size, bool))]
             for i, (part, mask) in enumerate(parts):
-                tickets.append(Ticket(mask, i == len(parts) - 1))
+                tickets.append(Ticket(mask, i == len(parts) - 1, origin))
                 yield part.tolist()
 
     def __iter__(self) -> Iterator[Any]:
-        self.engine.discard()
+        origin = self.engine.new_pass()
         tickets: deque[Ticket] = deque()
-        batches: Any = Indices(self._indices(tickets))
+        batches: Any = Indices(self._indices(tickets, origin))
         for batch in DataLoader(self.dataset, batch_sampler=batches, **self.options):
             self.engine.arrive(tickets.popleft())
             yield batch
@@ -156,6 +158,10 @@ class ShuffledLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        self.engine.discard()
-        self.engine.new_pass()
-        yield from self.loader
+        origin = self.engine.new_pass(observed=True)
+        try:
+            for batch in self.loader:
+                self.engine.check_origin(origin)
+                yield batch
+        finally:
+            self.engine.end_pass(origin)

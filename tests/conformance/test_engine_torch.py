@@ -442,6 +442,71 @@ def test_a_shuffled_loader_through_the_engine() -> None:
         engine.loader(DATA)
 
 
+def test_passes_that_are_cut_short_are_releases_of_their_own() -> None:
+    """An example may be in the first batch of every pass, so ten passes of one batch are ten releases, not one."""
+    model = net()
+    engine, optimizer = engine_for(model, sampling="shuffle", epochs=None)
+    for _ in range(4):
+        for x, y in engine.loader(shuffled(20)):
+            optimizer.step(loss=losses(model(x), y))
+            break
+    assert engine.ledger.num_releases == engine.steps == 4
+    planned, optimizer = engine_for(net(), sampling="shuffle", epochs=2)
+    model = planned.module
+    for _ in range(2):
+        run(model, optimizer.step, [next(iter(planned.loader(shuffled(20))))])
+    with pytest.raises(BudgetError, match="used up"):
+        run(model, optimizer.step, [next(iter(planned.loader(shuffled(20))))])
+    assert planned.ledger.num_releases == 2
+
+
+def test_two_passes_at_once_are_refused() -> None:
+    """Parts of two logical batches must not meet in one release: an example could be in both."""
+    model = net()
+    engine, optimizer = engine_for(model, unsafe_seed=2)
+    first = iter(engine.loader(DATA, physical_batch_size=3))
+    x, y = next(first)
+    optimizer.step(loss=losses(model(x), y))
+    second = iter(engine.loader(DATA, physical_batch_size=3))
+    x, y = next(second)
+    optimizer.step(loss=losses(model(x), y))
+    with pytest.raises(RunError, match="one at a time"):
+        next(first)
+    assert engine.ledger.num_releases == 0
+
+
+def test_a_frozen_parameter_with_an_old_gradient_does_not_move() -> None:
+    """torch's optimizers apply whatever ``.grad`` holds; this one is a raw gradient of the data."""
+    model = net()
+    losses(model(X), Y).mean().backward()
+    frozen = model[0].weight  # type: ignore[index]
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    engine, optimizer = engine_for(model)
+    run(model, optimizer.step, engine.loader(DATA, physical_batch_size=N))
+    assert engine.ledger.num_releases == 3
+    torch.testing.assert_close(frozen, before, rtol=0, atol=0)
+
+
+def test_a_module_that_is_replaced_is_refused() -> None:
+    model = net()
+    engine, optimizer = engine_for(model)
+    model[-1] = nn.Linear(64, 3).double()  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="replaced"):
+        run(model, optimizer.step, engine.loader(DATA, physical_batch_size=N))
+    assert engine.ledger.num_releases == 0
+
+
+def test_clipless_refuses_a_loss_that_couples_examples() -> None:
+    """Each row of the cotangent is clipped, but another example would change every row."""
+    model = nn.Sequential(nn.Flatten(), BoundedInput(1.0), SpectralLinear(36, 3))
+    engine, optimizer = engine_for(model, strategy="clipless", max_grad_norm=None, loss=get_loss("cross_entropy"), probe=X[:2].float())
+    batches = engine.loader(TensorDataset(X.float(), Y), physical_batch_size=N)
+    with pytest.raises(UnsupportedModelError, match="depends on another example"):
+        run(model, lambda loss: optimizer.step(loss=loss - loss.mean()), batches)
+    assert engine.ledger.num_releases == 0
+
+
 # ---- loaders -------------------------------------------------------------------------------------------------------
 
 
