@@ -94,8 +94,8 @@ class PrivacyEngine:
         ConfigError, UnsupportedModelError: anything wrong with the settings or the model.
         AccountingError: the budget cannot be reached.
     Guarantee: the weights at any time are post-processing of the releases in ``ledger``, from which alone epsilon is computed. With
-        ``poisson`` batches come from ``engine.loader``; with ``shuffle`` the guarantee rests on your loader giving each example at most
-        once per pass.
+        ``poisson`` batches come from ``engine.loader``; with ``shuffle`` either passes go through it too, or the guarantee rests on your
+        loader giving each example at most once per pass, and on every pass being run to its end.
     Source: ``dptrain/step.py``.
     """
 
