@@ -154,7 +154,9 @@ class Budget:
                     accountant=privacy.accountant, relation=privacy.relation, history=self.ledger.events,
                 )
             )  # fmt: skip
-        SampledGaussian(event_noise_multiplier(self.noise_multiplier), schedule.sample_rate)  # refuses what no accountant can speak of
+        # What a release is recorded as; refuses what no accountant can speak of.
+        self.event = SampledGaussian(event_noise_multiplier(self.noise_multiplier), schedule.sample_rate)
+        self._before = self.ledger.num_releases  # of others
 
     @property
     def mechanism(self) -> GaussianMechanism:
@@ -183,10 +185,29 @@ class Budget:
         planned = self.schedule.num_releases
         if new and planned is not None and self.releases >= planned:
             raise BudgetError(f"The {planned} planned releases are used up, by passes that were cut short: {self.statement()}")
+        if new:
+            self._refuse_overspending()
         self.steps += 1
         self.releases += new
         self._in_pass = 1 if new else (self._in_pass or 0) + 1
         return new
+
+    def _refuse_overspending(self) -> None:
+        """Refuse a release beyond ``target_epsilon`` where the ledger holds other releases than those that the noise was calibrated for.
+
+        Raises:
+            BudgetError: it would pass the target.
+        """
+        privacy, target = self.privacy, self.privacy.target_epsilon
+        if target is None or self.ledger.num_releases == self._before + self.releases:
+            return
+        accountant = get_accountant(privacy.accountant, privacy.relation)
+        spent = accountant.epsilon([*self.ledger.events, (self.event, 1)], privacy.target_delta)
+        if spent > target:
+            raise BudgetError(
+                f"One more release would spend epsilon {spent:.6g}, above target_epsilon {target:.6g}, because the ledger has grown since the "
+                "noise was calibrated; make a new engine on this ledger."
+            )
 
     def new_pass(self, observed: bool) -> None:
         """A pass over shuffled data begins, or ends: what follows is another release, however short the last pass was.
@@ -239,5 +260,7 @@ class Budget:
             held = sum(n for known, n in self.ledger.events if known == event)
             if count > held:
                 self.ledger.record(event, count - held)
-        self.steps, self.releases = max(self.steps, steps), max(self.releases, sum(count for _, count in events))
+        # Releases with other noise are not those that this budget planned; they count as what others spent.
+        own = sum(count for event, count in events if event == self.event)
+        self.steps, self.releases = max(self.steps, steps), max(self.releases, own)
         self._in_pass = None

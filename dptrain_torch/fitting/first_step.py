@@ -21,6 +21,7 @@ from dptrain_torch.gradients import trainable
 from dptrain_torch.update import group_of_parameter
 
 EXAMPLES = 2  # compared with autograd, one backward pass each
+SURPLUS = 0.05  # ghost norms add the doubt of float32 to what they found; a larger norm clips more, which costs accuracy and no privacy
 
 
 def check_first_step(
@@ -65,7 +66,8 @@ def check_first_step(
             squares = [g.double().square().sum() for g in (own[p] for p in positions) if g is not None]
             true = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
             seen = float(norms[group][i]) if group in norms else 0.0
-            if not abs(true - seen) <= 10 * tolerance(losses) * max(true, seen) + 1e-12:
+            missing = true - seen > 10 * tolerance(losses) * true + 1e-12
+            if missing or not seen - true <= SURPLUS * true + 1e-6:
                 problems.append(
                     f"group {group!r}: an example's gradient has norm {true:.6g}, and the layers' calls show {seen:.6g}; a weight is used "
                     "where no call of a layer shows it (outside model(...), by a functional, in a loss), or a batch axis is not the "
@@ -101,8 +103,8 @@ def coupled(gradients: tuple[Tensor | None, ...], i: int, batch: int) -> list[st
         if g is None or g.dim() == 0 or g.shape[0] % batch or not len(g):
             continue
         rows = g.reshape(batch, -1)
-        others = torch.cat([rows[:i], rows[i + 1 :]])
-        if others.numel() and bool((others != 0).any()):
+        others = torch.cat([rows[:i], rows[i + 1 :]]).nan_to_num(0.0, 0.0, 0.0)  # 0 * inf, where another example overflows
+        if bool((others != 0).any()):
             return [
                 "the loss of one example depends on another example; find the layer or the loss that mixes examples (batch statistics, a "
                 "mean over the batch, a contrastive loss)."

@@ -92,6 +92,29 @@ def test_a_continued_ledger_counts(tmp_path) -> None:
         Budget(privacy, schedule, second.ledger)
 
 
+def test_two_budgets_on_one_ledger_do_not_spend_the_target_twice() -> None:
+    """Each was calibrated while the ledger was empty; together they would pass the target."""
+    ledger, schedule = PrivacyLedger(None), Schedule.make(1000, 50, steps=30)
+    one, two = (Budget(Privacy(target_epsilon=1.0, accountant="rdp"), schedule, ledger) for _ in range(2))
+    spend(one, 20)
+    with pytest.raises(BudgetError, match="ledger has grown"):
+        spend(two, 30)
+    assert 0.95 < two.epsilon() <= 1.0
+    assert 25 <= ledger.num_releases <= 31
+    with pytest.raises(BudgetError, match="ledger has grown"):
+        spend(one, 10)
+
+
+def test_a_foreign_state_cannot_make_room() -> None:
+    """What another run spent with less noise counts, although the planned steps are not used up."""
+    other = Budget(Privacy(noise_multiplier=0.5), Schedule.make(1000, 50, steps=5))
+    spend(other, 5)
+    budget = Budget(Privacy(target_epsilon=1.0), Schedule.make(1000, 50, steps=30))
+    budget.restore(other.state())
+    with pytest.raises(BudgetError, match="ledger has grown"):
+        budget.begin()
+
+
 def test_ledgers_in_memory_files_and_objects(tmp_path) -> None:
     ledger = PrivacyLedger(None)
     assert open_ledger(ledger) is ledger
