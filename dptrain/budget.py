@@ -205,7 +205,7 @@ class Budget:
         spent = accountant.epsilon([*self.ledger.events, (self.event, 1)], privacy.target_delta)
         if spent > target:
             raise BudgetError(
-                f"One more release would spend epsilon {spent:.6g}, above target_epsilon {target:.6g}, because the ledger has grown since the "
+                f"One more release would spend epsilon {spent:.6g}, above target_epsilon {target:.6g}: the ledger has grown since the "
                 "noise was calibrated; make a new engine on this ledger."
             )
 
