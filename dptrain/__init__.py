@@ -7,6 +7,7 @@
 Importing this package imports neither framework.
 """
 
+from dptrain.comparison import Comparison, compare
 from dptrain.config import DataConfig, OptimizerConfig, Performance, Privacy, Sampling, TrainConfig
 from dptrain.errors import ConfigError, DataError, DptrainError, RunError, UnsupportedModelError
 from dptrain.info import LayerInfo, ModelInfo
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "STRATEGIES",
+    "Comparison",
     "ConfigError",
     "DataConfig",
     "DataError",
@@ -41,6 +43,7 @@ __all__ = [
     "TrainResult",
     "UnsupportedModelError",
     "certify",
+    "compare",
     "get_strategy",
     "plan",
     "train",

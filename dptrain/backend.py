@@ -124,6 +124,10 @@ class Backend(Protocol):
         """Wait until the device has finished; for honest timings."""
         ...
 
+    def device_meter(self) -> Any:
+        """A ``comparison.memory.Meter`` of the device's allocator; None where the process's memory is what counts."""
+        ...
+
     # --- around the step ---
     def counts(self, grads: Grads) -> Mapping[str, float]:
         """Released counts by group name."""

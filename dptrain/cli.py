@@ -117,6 +117,66 @@ def statement(accountant: str, relation: str, event: Any, steps: int, delta: flo
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    backends: Annotated[str, typer.Option("--backends", help="Comma-separated.")] = "torch,tensorflow",
+    strategies: Annotated[
+        str, typer.Option("--strategies", help="Comma-separated; module:function for a step that is not ours.")
+    ] = "mixed_ghost,ghost,per_sample",
+    models: Annotated[str, typer.Option("--models", help="Presets, or module:function; by default the config's.")] = "",
+    batches: Annotated[str, typer.Option("--batches", help="Physical batch sizes; by default the config's.")] = "",
+    sweep: Annotated[
+        list[str], typer.Option("--sweep", help="batch=32,64 or input=32x32x3,64x64x3 or model.width=16,32; repeatable.")
+    ] = [],  # noqa: B006
+    input_: Annotated[
+        str | None, typer.Option("--input", help="Shape of an example, such as 32x32x3; by default that of the data.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option("--num-classes", help="By default those of the data.")] = None,
+    measure: Annotated[str, typer.Option("--measure", help="time, memory, largest; comma-separated.")] = "time,memory",
+    pairs: Annotated[int, typer.Option("--pairs", help="Interleaved pairs of a private and a non-private step.")] = 9,
+    threads: Annotated[int, typer.Option("--threads", help="CPU threads.")] = 2,
+    limit_gib: Annotated[float, typer.Option("--limit-gib", help="Memory for the largest batch.")] = 4.0,
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished measurements in it are not run again.")] = Path("runs/compare"),
+    set_: Overrides = [],  # noqa: B006
+) -> None:
+    """Compare speed and memory of frameworks and strategies; one process per measurement."""
+    from dptrain.comparison import Settings
+    from dptrain.comparison import compare as run
+    from dptrain.config import TrainConfig
+    from dptrain.progress import show_measurement
+
+    def several(text: str) -> list[str]:
+        return [part.strip() for part in text.split(",") if part.strip()]
+
+    kinds: list[Any] = several(measure)
+    result = run(
+        TrainConfig.load(config, set_), several(backends), several(strategies), models=several(models), batches=several(batches),  # type: ignore[arg-type]
+        sweep=sweeps(sweep), input=input_, num_classes=num_classes, measurements=kinds,
+        settings=Settings(pairs=pairs, threads=threads, limit_gib=limit_gib), out=out, progress=show_measurement,
+    )  # fmt: skip
+    typer.echo(result.markdown())
+    result.save(out)
+    typer.echo(f"everything is in {out}")
+
+
+def sweeps(texts: list[str]) -> dict[str, list[str]]:
+    """``key=v1,v2`` as a mapping.
+
+    Raises:
+        ConfigError: another form.
+    """
+    from dptrain.errors import ConfigError
+
+    found = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"The sweep {text!r} must have the form key=value,value such as batch=32,64 or model.width=16,32.")
+        found[key.strip()] = [value.strip() for value in values.split(",") if value.strip()]
+    return found
+
+
+@app.command()
 def epsilon(
     sample_rate: SampleRate,
     noise_multiplier: Annotated[float, typer.Option("--noise-multiplier", help="Noise standard deviation over sensitivity.")],

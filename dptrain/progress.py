@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from dptrain.comparison.cases import Case
 from dptrain.config import TrainConfig
 from dptrain.trainer import Progress, Setup, TrainResult
 
@@ -81,3 +83,14 @@ class Display:
             say(", ".join(text for key, text in named.items() if key in result.metrics))
         say(result.privacy["statement"])
         say(f"{result.seconds:.1f} s of training; everything is in {result.out}")
+
+
+def show_measurement(case: Case, row: Mapping[str, Any], number: int, count: int) -> None:
+    """Print one measurement of a comparison as it comes."""
+    name = ", ".join([case.backend, case.model, str(case.shape), f"batch {case.batch}", case.strategy])
+    texts = {
+        "ratio": "time ratio {:.2f}", "seconds": "{:.4f} s", "peak_mib": "peak {:,.0f} MiB above rest",
+        "largest_batch": "largest batch {:,}", "unsupported": "unsupported: {}", "failed": "failed: {}",
+    }  # fmt: skip
+    found = [text.format(row[key]) for key, text in texts.items() if row.get(key) is not None]
+    print(f"[{number}/{count}] {name}: {', '.join(found) or 'too large for the memory'}", file=sys.stderr, flush=True)

@@ -166,6 +166,9 @@ class TensorFlowBackend:
         if "GPU" in self.device:
             tf.test.experimental.sync_devices()
 
+    def device_meter(self) -> Any:
+        return GpuMeter(self.device) if "GPU" in self.device else None
+
     # --- around the step ---
     def counts(self, grads: Grads) -> dict[str, float]:
         return {name: float(value) for name, value in grads.counts.items()}
@@ -206,6 +209,24 @@ class TensorFlowBackend:
 
     def versions(self) -> dict[str, str]:
         return package_versions(("tensorflow", "keras", "deel-lip"))
+
+
+class GpuMeter:
+    """Bytes that TensorFlow's allocator has given out on one device."""
+
+    source = "allocator of the GPU"
+
+    def __init__(self, device: str) -> None:
+        self.device = device.rpartition("device:")[2].strip("/") if "device:" in device else device.strip("/")
+
+    def now(self) -> int:
+        return int(tf.config.experimental.get_memory_info(self.device)["current"])
+
+    def reset(self) -> None:
+        tf.config.experimental.reset_memory_stats(self.device)
+
+    def peak(self) -> int:
+        return int(tf.config.experimental.get_memory_info(self.device)["peak"])
 
 
 def make_backend(performance: Performance) -> TensorFlowBackend:

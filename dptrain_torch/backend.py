@@ -137,6 +137,9 @@ class TorchBackend:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def device_meter(self) -> Any:
+        return CudaMeter(self.device) if self.device.type == "cuda" else None
+
     # --- around the step ---
     def counts(self, grads: Grads) -> dict[str, float]:
         return {name: float(value) for name, value in grads.counts.items()}
@@ -192,6 +195,26 @@ class TorchBackend:
 def buffers(model: nn.Module) -> dict[str, np.ndarray]:
     """Buffers as they are, to complete a set of starting weights."""
     return {name: value.detach().cpu().numpy() for name, value in model.named_buffers()}
+
+
+class CudaMeter:
+    """Bytes that torch's allocator has given out on one device."""
+
+    source = "allocator of the CUDA device"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
 
 
 def make_backend(performance: Performance) -> TorchBackend:
