@@ -63,6 +63,33 @@ def standard_normal(key: bytes, step: int, stream: int, size: int, dtype: type =
     return values
 
 
+def add_normal(key: bytes, step: int, stream: int, values: np.ndarray, std: float) -> np.ndarray:
+    """``values + std * standard_normal(...)``, in one pass over memory.
+
+    Args:
+        key: 16 bytes.
+        step, stream: address of the stream.
+        values: float32 or float64 ``[size]``; read only.
+        std: standard deviation.
+    Returns:
+        A new array ``[size]``, the same to the bit as the sum of the two arrays.
+    """
+    out = np.empty(values.shape, values.dtype)
+
+    def fill(start: int) -> None:
+        _fill(key, step, stream, out, start)
+        part = out[start : start + CHUNK]
+        part *= std
+        part += values[start : start + CHUNK]
+
+    starts = range(0, len(values), CHUNK)
+    if len(starts) > 1:
+        list(_threads().map(fill, starts))
+    elif starts:
+        fill(0)
+    return out
+
+
 def _fill(key: bytes, step: int, stream: int, values: np.ndarray, start: int) -> None:
     """One chunk, in place: radius from one half of its integers, angle from the other."""
     out, kind = values[start : start + CHUNK], values.dtype.type

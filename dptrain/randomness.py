@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dptrain.gaussian import standard_normal
+from dptrain.gaussian import add_normal, standard_normal
 
 NOISE, SAMPLING = "noise", "sampling"
 
@@ -83,3 +83,16 @@ class StepNoise:
             Independent N(0, 1) values.
         """
         return standard_normal(self.key.value.to_bytes(16, "big"), self.step, stream, math.prod(shape), dtype).reshape(shape)
+
+    def added_to(self, values: np.ndarray, stream: int, std: float) -> np.ndarray:
+        """``values + std * normal(stream, values.shape)`` for one parameter, without the noise ever standing in memory.
+
+        Args:
+            values: float32 or float64; read only.
+            stream: position of the parameter in the model's order.
+            std: standard deviation.
+        Returns:
+            A new array.
+        """
+        flat = np.ascontiguousarray(values).reshape(-1)
+        return add_normal(self.key.value.to_bytes(16, "big"), self.step, stream, flat, std).reshape(values.shape)

@@ -93,7 +93,7 @@ class Update:
 
         Args:
             step: its index; each index is used once for noise.
-            total: sum over the logical batch, from the backend's ``bounded_sum`` and ``add``.
+            total: sum over the logical batch, from the backend's ``bounded_sum`` and ``add``; used up.
             count: examples in it, for the monitor.
             learning_rate: of this step; None leaves the optimizer's own as it is.
         Returns:
@@ -176,9 +176,13 @@ class TrainingStep:
         indices = self.sampler.sample(step)
         update.record(step)
         backend.seed_dropout(self.model, self.seed, step)
-        total = backend.zeros(self.model)
+        total = None
         for part, mask in physical_batches(indices, self.physical_batch_size):
             batch = backend.batch(take(self.x, part), take(self.y, part), mask, *factor)
-            total = backend.add(total, self._sum(batch))  # type: ignore[attr-defined]
+            found = self._sum(batch)  # type: ignore[attr-defined]
+            total = found if total is None else backend.add(total, found)
+            del found
+        if total is None:
+            total = backend.zeros(self.model)
         done: dict[str, float] = update.finish(step, total, len(indices), self.learning_rate(step))
         return done

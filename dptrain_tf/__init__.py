@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the import: TensorFlow greets on stderr otherwise
+# TensorFlow leaves oneDNN off on some processors; with it batched products are twice as fast. Yours to set otherwise, before any import.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 from dptrain_tf.describe import describe
 from dptrain_tf.engine import check_bounds, clipped_sum, make_plan, per_sample_norms, project, self_check, validate

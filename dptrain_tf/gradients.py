@@ -273,11 +273,12 @@ def bounded_sum(
     def contract(clean: bool) -> dict[str, Tensor]:
         sums = {}
         for name, parameter in parameters.items():
-            value = tf.zeros(parameter.shape, parameter.dtype)
+            value: Any = None
             for use in accumulator.ready.get(name, ()):
                 w = weights[group_of[name]]
-                value = value + tf.cast((use if clean else use.keep(w > 0)).weighted_sum(w), value.dtype)
-            sums[name] = value
+                part = tf.cast((use if clean else use.keep(w > 0)).weighted_sum(w), parameter.dtype)
+                value = part if value is None else value + part
+            sums[name] = tf.zeros(parameter.shape, parameter.dtype) if value is None else value
         return sums
 
     if two_pass:  # a non-finite example would poison the native sum

@@ -70,7 +70,7 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     """Add Gaussian noise to the sum of every trainable parameter, used in this step or not, and to every count. Not for ``tf.function``.
 
     Args:
-        total: the sum over the whole logical batch and all workers.
+        total: the sum over the whole logical batch and all workers; used up, so that each part is freed as its noise is added.
         plan: says which group a parameter belongs to.
         stds: group name -> standard deviation.
         noise: the noise of this release, used for nothing else.
@@ -85,16 +85,25 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     if not tf.executing_eagerly():
         raise ConfigError("privatize was called inside tf.function, which would freeze the noise to one draw; call it eagerly.")
     groups, sums = group_of_parameter(plan), {}
-    for stream, (name, value) in enumerate(total.sums.items()):
-        dtype = np.float64 if value.dtype == tf.float64 else np.float32
-        drawn = noise.normal(stream, tuple(value.shape), dtype)
-        drawn *= stds[groups[total.identifiers[name]]]
-        sums[name] = value + tf.cast(drawn, value.dtype)
+    # A missing group raises before anything has been used up.
+    shares = {name: stds[groups[total.identifiers[name]]] for name in total.sums}
+    for stream, name in enumerate(shares):
+        sums[name] = noisy(total.sums.pop(name), shares[name], noise, stream)
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
         counts[name] = total.counts.get(name, tf.zeros([], tf.float64)) + stds[name] * float(noise.normal(len(sums), (), np.float64))
     return Grads(sums, total.stats, total.identifiers, counts)
+
+
+def noisy(value: Any, std: float, noise: StepNoise, stream: int) -> Any:
+    """A new tensor, the sum of one parameter and its noise."""
+    wide = value.dtype == tf.float64
+    if "CPU" in value.device and value.dtype in (tf.float32, tf.float64):
+        return tf.convert_to_tensor(noise.added_to(np.asarray(memoryview(value)), stream, std))
+    drawn = noise.normal(stream, tuple(value.shape), np.float64 if wide else np.float32)
+    drawn *= std
+    return value + tf.cast(drawn, value.dtype)
 
 
 _compiled: WeakKeyDictionary[Any, Callable[..., None]] = WeakKeyDictionary()

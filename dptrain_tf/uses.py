@@ -57,6 +57,20 @@ def covered(positions: Sequence[int], kernel: Sequence[int], stride: Sequence[in
     return tuple((t - 1) * r + d * (k - 1) + 1 for t, k, r, d in zip(positions, kernel, stride, dilation, strict=True))
 
 
+def gram_square(one: Tensor, two: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """What ``Use.square`` returns, from two Gram matrices over the same positions.
+
+    Args:
+        one, two: ``[B groups, T, T]``.
+        groups: channel groups.
+    Returns:
+        The sum of their product ``[B]``; the sum over positions of the product of the lengths ``[B, groups]``.
+    """
+    lengths = tf.sqrt(tf.nn.relu(tf.linalg.diag_part(one) * tf.linalg.diag_part(two)))
+    total = tf.reduce_sum(tf.reshape(one * two, [one.shape[0] // groups, -1]), axis=1)
+    return total, tf.reshape(tf.reduce_sum(lengths, axis=1), [-1, groups])
+
+
 @dataclass(eq=False)
 class Use:
     """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
@@ -71,9 +85,12 @@ class Use:
         """Inner product with another use's per-sample gradient, ``[B]``; None where no ghost formula joins the two."""
         return None
 
-    def magnitude(self) -> Tensor:
-        """``sum_t |a_t| |g_t|`` per channel group, ``[B, groups]``: bounds the rounding error of ``inner``."""
-        raise TypeError(f"{type(self).__name__} has no ghost norm")
+    def square(self) -> tuple[Tensor, Tensor] | None:
+        """``|G_i|^2`` ``[B]`` without instantiating, and ``sum_t |a_t| |g_t|`` per channel group ``[B, groups]``.
+
+        The second bounds the rounding error of ``inner``; it is 0 where nothing can cancel.
+        """
+        return None
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """``sum_i w_i G_i``, of the parameter's shape."""
@@ -127,14 +144,16 @@ class LinearUse(Use):
         gram_a = tf.matmul(self.a, other.a, transpose_b=True)  # [B, T, T']
         return tf.reduce_sum(gram_a * tf.matmul(self.g, other.g, transpose_b=True), [1, 2])
 
-    def magnitude(self) -> Tensor:
+    def square(self) -> tuple[Tensor, Tensor]:
         if self.a.shape[1] == 1:  # one position: a product of two sums of squares, nothing cancels
-            return tf.zeros([self.a.shape[0], 1], self.a.dtype)
-        return tf.reduce_sum(tf.norm(self.a, axis=2) * tf.norm(self.g, axis=2), axis=1, keepdims=True)
+            squares = [tf.reduce_sum(tf.square(t), [1, 2]) for t in (self.a, self.g)]
+            return squares[0] * squares[1], tf.zeros([self.a.shape[0], 1], self.a.dtype)
+        return gram_square(tf.matmul(self.a, self.a, transpose_b=True), tf.matmul(self.g, self.g, transpose_b=True), 1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        a = tf.reshape(self.a, [-1, self.a.shape[2]])
-        g = tf.reshape(self.g * column(w, self.g), [-1, self.g.shape[2]])
+        a, g, w = self.a, self.g, column(w, self.g)
+        a, g = (a * w, g) if a.shape[2] < g.shape[2] else (a, g * w)  # the smaller one is copied
+        a, g = (tf.reshape(t, [-1, t.shape[2]]) for t in (a, g))
         return tf.reshape(tf.matmul(a, g, transpose_a=True), self.shape)
 
     def keep(self, finite: Tensor) -> Use:
@@ -182,8 +201,10 @@ class EmbeddingUse(Use):
             return tf.reduce_sum(tf.matmul(other.g, self.g, transpose_b=True) * picked, [1, 2])
         return None
 
-    def magnitude(self) -> Tensor:
-        return tf.zeros([self.g.shape[0], 1], self.g.dtype)  # the norm is that of the gradient's own rows: nothing cancels
+    def square(self) -> tuple[Tensor, Tensor]:
+        own = self.inner(self)
+        # The norm is that of the gradient's own rows: nothing cancels.
+        return own, tf.zeros([self.g.shape[0], 1], self.g.dtype)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         g = tf.reshape(self.g * column(w, self.g), [-1, self.g.shape[2]])
@@ -256,9 +277,8 @@ class ConvUse(Use):
     def instantiate(self) -> Tensor:
         return self.contract(self.g, "b")
 
-    def inner(self, other: Use) -> Tensor | None:
-        if not isinstance(other, ConvUse) or (self.shape, self.groups) != (other.shape, other.groups):
-            return None
+    def grams(self, other: ConvUse) -> tuple[Tensor, Tensor]:
+        """Inner products of the patches, and of the cotangents, of every two positions: ``[B groups, *T, *T']`` each."""
         k, b = self.groups, self.x.shape[0]
         one_x = self.padded()
         two_x = one_x if other is self else other.padded()
@@ -270,21 +290,21 @@ class ConvUse(Use):
 
         # Gram matrix of the input itself, not unfolded
         gram_x = tf.reshape(tf.matmul(rows(one_x), rows(two_x), transpose_b=True), [b * k, *s, *s2])
-        gram_g = tf.reshape(tf.matmul(rows(self.g), rows(other.g), transpose_b=True), [b * k, *t, *t2])
         total: Any = 0
         for one, two in zip(self.offsets(), other.offsets(), strict=True):  # math.md section 2: shifted copies
             total = total + gram_x[(slice(None), *one, *two)]
-        return tf.reduce_sum(tf.reshape(total * gram_g, [b, -1]), axis=1)
+        return total, tf.reshape(tf.matmul(rows(self.g), rows(other.g), transpose_b=True), [b * k, *t, *t2])
 
-    def magnitude(self) -> Tensor:
-        k, b = self.groups, self.x.shape[0]
+    def inner(self, other: Use) -> Tensor | None:
+        if not isinstance(other, ConvUse) or (self.shape, self.groups) != (other.shape, other.groups):
+            return None
+        patches, cotangents = self.grams(other)
+        return tf.reduce_sum(tf.reshape(patches * cotangents, [self.x.shape[0], -1]), axis=1)
 
-        def energies(u: Tensor) -> Tensor:  # [B, *S, groups]
-            return tf.reduce_sum(tf.square(tf.reshape(u, [*u.shape[:-1], k, u.shape[-1] // k])), axis=-1)
-
-        energy = energies(self.padded())
-        patch: Any = sum(energy[(slice(None), *where)] for where in self.offsets())
-        return tf.reduce_sum(tf.reshape(tf.sqrt(patch) * tf.sqrt(energies(self.g)), [b, -1, k]), axis=1)
+    def square(self) -> tuple[Tensor, Tensor]:
+        t = math.prod(self.g.shape[1:-1])
+        patches, cotangents = (tf.reshape(gram, [-1, t, t]) for gram in self.grams(self))
+        return gram_square(patches, cotangents, self.groups)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         # TensorFlow 2.21 on CPU reads out of bounds in the filter gradient of a strided convolution with a 1x1 kernel.
@@ -315,18 +335,22 @@ def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
     Returns:
         ``[B]``, or None where some pair has no ghost formula.
     Guarantee: rounding cannot hide more than ``FLOAT_MARGIN`` of a norm. Terms of the double sum over positions may cancel, and
-        then the rounding of ``|a_t| |a_u| |g_t| |g_u|``, which ``magnitude`` sums, can exceed the result. Where that threatens, the
+        then the rounding of ``|a_t| |a_u| |g_t| |g_u|``, which ``square`` sums, can exceed the result. Where that threatens, the
         possible error is added, so that the norm is over-estimated and the example is clipped more.
     Source: math.md section 2; pitfalls.md G1 and G11; Higham and Mary 2019 for the size of rounding errors in long sums.
     """
     total: Any = 0
+    reach: Any = 0
     for i, one in enumerate(uses):
-        for j in range(i + 1):
-            value = one.inner(uses[j])
+        own = one.square()
+        if own is None:
+            return None
+        total, reach = total + own[0], reach + own[1]
+        for other in uses[:i]:
+            value = one.inner(other)
             if value is None:
                 return None
-            total = total + (value if i == j else 2 * value)
+            total = total + 2 * value
     total = tf.maximum(total, tf.zeros_like(total))
-    reach: Any = sum(use.magnitude() for use in uses)
     doubt = 2 * float(np.finfo(total.dtype.as_numpy_dtype).eps) * tf.reduce_sum(tf.square(reach), axis=1)
     return tf.where(doubt > 2 * FLOAT_MARGIN * total, total + doubt, total)

@@ -8,7 +8,7 @@ model that has passed ``engine.self_check``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -305,12 +305,12 @@ def tapped_sum(
         clean = bool(finite.all()) and bool(losses.isfinite().all())
         sums = {}
         for name, parameter in trainable(model).items():
-            uses: Iterable[Use] = accumulator.ready.pop(name, ())
-            value = zeros_like(parameter)
-            for use in uses:
+            value: Tensor | None = None
+            for use in accumulator.ready.pop(name, ()):
                 w = weights[group_of[name]]
-                value = value + (use if clean else use.keep(w > 0)).weighted_sum(w).to(value.dtype)
-            sums[name] = value
+                part = (use if clean else use.keep(w > 0)).weighted_sum(w).to(parameter.dtype)
+                value = part if value is None else value + part
+            sums[name] = zeros_like(parameter) if value is None else value
     return Grads(sums, stats, counts)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dptrain import projection
 from dptrain.info import Graph
@@ -67,7 +67,7 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     """Add Gaussian noise to the sum of every trainable parameter, used in this step or not, and to every count.
 
     Args:
-        total: the sum over the whole logical batch and all workers.
+        total: the sum over the whole logical batch and all workers; used up, so that each part is freed as its noise is added.
         plan: says which group a parameter belongs to.
         stds: group name -> standard deviation.
         noise: the noise of this release, used for nothing else.
@@ -79,15 +79,24 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     Source: math.md section 1.
     """
     groups, sums = group_of_parameter(plan), {}
-    for stream, (name, value) in enumerate(total.sums.items()):
-        dtype = np.float64 if value.dtype == torch.float64 else np.float32
-        drawn = torch.from_numpy(noise.normal(stream, tuple(value.shape), dtype)).to(value.device, value.dtype)
-        sums[name] = drawn.mul_(stds[groups[name]]).add_(value)
+    # A missing group raises before anything has been used up.
+    shares = {name: stds[groups[name]] for name in total.sums}
+    for stream, name in enumerate(shares):
+        sums[name] = noisy(total.sums.pop(name), shares[name], noise, stream)
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
         counts[name] = total.counts.get(name, torch.zeros(())) + stds[name] * float(noise.normal(len(sums), (), np.float64))
     return Grads(sums, total.stats, counts)
+
+
+def noisy(value: Tensor, std: float, noise: StepNoise, stream: int) -> Tensor:
+    """A new tensor, the sum of one parameter and its noise."""
+    wide = value.dtype == torch.float64
+    if value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(noise.added_to(value.numpy(), stream, std))
+    drawn = torch.from_numpy(noise.normal(stream, tuple(value.shape), np.float64 if wide else np.float32))
+    return drawn.to(value.device, value.dtype).mul_(std).add_(value)
 
 
 def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, scale: float, learning_rate: float | None) -> None:
@@ -96,7 +105,7 @@ def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, s
     Args:
         model: the model.
         optimizer: any torch optimizer over its trainable parameters.
-        released: the output of ``privatize``.
+        released: the output of ``privatize``; used up.
         scale: ``1 / (q N)``, a constant.
         learning_rate: of this step; None leaves the optimizer's own as it is.
     """
@@ -105,7 +114,7 @@ def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, s
             group["lr"] = learning_rate
     parameters = trainable(model)
     for name, parameter in parameters.items():
-        parameter.grad = released.sums[name].to(parameter.dtype) * scale
+        parameter.grad = released.sums.pop(name).to(parameter.dtype) * scale
     optimizer.step()
     for parameter in parameters.values():
         parameter.grad = None

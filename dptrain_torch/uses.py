@@ -62,6 +62,19 @@ def weighted(gradient: Tensor, w: Tensor) -> Tensor:
     return total.permute([order.index(axis) - 1 for axis in range(1, gradient.dim())])
 
 
+def gram_square(one: Tensor, two: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """What ``Use.square`` returns, from two Gram matrices over the same positions.
+
+    Args:
+        one, two: ``[B groups, T, T]``.
+        groups: channel groups.
+    Returns:
+        The sum of their product ``[B]``; the sum over positions of the product of the lengths ``[B, groups]``.
+    """
+    lengths = (one.diagonal(dim1=1, dim2=2) * two.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1)
+    return (one * two).view(len(one) // groups, -1).sum(1), lengths.view(-1, groups)
+
+
 @dataclass
 class Use:
     """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
@@ -76,9 +89,12 @@ class Use:
         """Inner product with another use's per-sample gradient, ``[B]``; None where no ghost formula joins the two."""
         return None
 
-    def magnitude(self) -> Tensor:
-        """``sum_t |a_t| |g_t|`` per channel group, ``[B, groups]``: bounds the rounding error of ``inner``."""
-        raise TypeError(f"{type(self).__name__} has no ghost norm")
+    def square(self) -> tuple[Tensor, Tensor] | None:
+        """``|G_i|^2`` ``[B]`` without instantiating, and ``sum_t |a_t| |g_t|`` per channel group ``[B, groups]``.
+
+        The second bounds the rounding error of ``inner``; it is 0 where nothing can cancel.
+        """
+        return None
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         """``sum_i w_i G_i``, of the parameter's shape."""
@@ -130,13 +146,15 @@ class LinearUse(Use):
         gram_a = torch.bmm(self.a, other.a.transpose(1, 2))  # [B, T, T']
         return (gram_a * torch.bmm(self.g, other.g.transpose(1, 2))).sum((1, 2))
 
-    def magnitude(self) -> Tensor:
+    def square(self) -> tuple[Tensor, Tensor]:
         if self.a.shape[1] == 1:  # one position: a product of two sums of squares, nothing cancels
-            return self.a.new_zeros(self.a.shape[0], 1)
-        return (self.a.norm(dim=2) * self.g.norm(dim=2)).sum(1, keepdim=True)
+            return self.a.square().sum((1, 2)) * self.g.square().sum((1, 2)), self.a.new_zeros(self.a.shape[0], 1)
+        return gram_square(torch.bmm(self.a, self.a.transpose(1, 2)), torch.bmm(self.g, self.g.transpose(1, 2)), 1)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        return (self.g * w.view(-1, 1, 1)).flatten(0, 1).t() @ self.a.flatten(0, 1)  # [p, D]
+        a, g, w = self.a, self.g, w.view(-1, 1, 1)
+        a, g = (a * w, g) if a.shape[2] < g.shape[2] else (a, g * w)  # the smaller one is copied
+        return g.flatten(0, 1).t() @ a.flatten(0, 1)  # [p, D]
 
     def keep(self, finite: Tensor) -> Use:
         return LinearUse(per_example(finite, self.a), per_example(finite, self.g))
@@ -172,8 +190,10 @@ class EmbeddingUse(Use):
             return (torch.bmm(other.a, self.g.transpose(1, 2)) * other.g.gather(2, ids)).sum((1, 2))
         return None
 
-    def magnitude(self) -> Tensor:
-        return self.g.new_zeros(self.g.shape[0], 1)  # the norm is that of the gradient's own rows: nothing cancels
+    def square(self) -> tuple[Tensor, Tensor]:
+        own = self.inner(self)
+        assert own is not None
+        return own, self.g.new_zeros(self.g.shape[0], 1)  # the norm is that of the gradient's own rows: nothing cancels
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         out = self.g.new_zeros(self.rows, self.g.shape[2])
@@ -261,9 +281,8 @@ class ConvUse(Use):
         gradient = torch.cat(parts, dim=2).view(batch, k * p, *self.kernel, c)
         return gradient.movedim(-1, 2)  # a view: taps stay outside channels in memory
 
-    def inner(self, other: Use) -> Tensor | None:
-        if not isinstance(other, ConvUse) or self.shape != other.shape:
-            return None
+    def grams(self, other: ConvUse) -> tuple[Tensor, Tensor]:
+        """Inner products of the patches, and of the cotangents, of every two positions: ``[B groups, *T, *T']`` each."""
         k, b = self.groups, self.x.shape[0]
         one_x = self.padded()
         two_x = one_x if other is self else other.padded()
@@ -271,23 +290,27 @@ class ConvUse(Use):
         x, x2 = (u.reshape(b * k, u.shape[1] // k, -1) for u in (one_x, two_x))
         g, g2 = (u.g.reshape(b * k, u.g.shape[1] // k, -1) for u in (self, other))
         gram_x = torch.bmm(x.transpose(1, 2), x2).view(b * k, *s, *s2)  # Gram matrix of the input itself, not unfolded
-        gram_g = torch.bmm(g.transpose(1, 2), g2).view(b * k, *t, *t2)
         total: Any = 0
         for one, two in zip(self.offsets(), other.offsets(), strict=True):  # math.md section 2: shifted copies
             total = total + gram_x[(slice(None), *one, *two)]
-        return (total * gram_g).view(b, -1).sum(1)
+        return total, torch.bmm(g.transpose(1, 2), g2).view(b * k, *t, *t2)
 
-    def magnitude(self) -> Tensor:
-        k, b = self.groups, self.x.shape[0]
-        x = self.padded()
-        energy = x.reshape(b, k, -1, *x.shape[2:]).square().sum(2)  # [B, k, *S]
-        patch = sum(energy[(slice(None), slice(None), *where)] for where in self.offsets())
-        cotangent = self.g.reshape(b, k, -1, *self.g.shape[2:]).norm(dim=2)
-        return (patch.sqrt() * cotangent).flatten(2).sum(2)  # type: ignore[union-attr]
+    def inner(self, other: Use) -> Tensor | None:
+        if not isinstance(other, ConvUse) or self.shape != other.shape:
+            return None
+        patches, cotangents = self.grams(other)
+        return (patches * cotangents).view(self.x.shape[0], -1).sum(1)
+
+    def square(self) -> tuple[Tensor, Tensor]:
+        t = self.g.shape[2:].numel()
+        patches, cotangents = (gram.reshape(-1, t, t) for gram in self.grams(self))
+        return gram_square(patches, cotangents, self.groups)
 
     def weighted_sum(self, w: Tensor) -> Tensor:
-        x, padding = self.native_input()
-        return self.native(x, self.g * w.view(-1, *[1] * (self.g.dim() - 1)), padding)
+        (x, padding), g = self.native_input(), self.g
+        w = w.view(-1, *[1] * (g.dim() - 1))
+        x, g = (x * w, g) if x.numel() < g.numel() else (x, g * w)  # the smaller one is copied
+        return self.native(x, g, padding)
 
     def keep(self, finite: Tensor) -> Use:
         return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g))
@@ -322,8 +345,8 @@ class FoldedConvUse(Use):
         one = self.lifted()
         return one.inner(one if other is self else other.lifted())
 
-    def magnitude(self) -> Tensor:
-        return self.lifted().magnitude()
+    def square(self) -> tuple[Tensor, Tensor]:
+        return self.lifted().square()
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         return self.rows.weighted_sum(w.repeat_interleave(self.parts))
@@ -354,19 +377,23 @@ def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
     Returns:
         ``[B]``, or None where some pair has no ghost formula.
     Guarantee: rounding cannot hide more than ``FLOAT_MARGIN`` of a norm. Terms of the double sum over positions may cancel, and
-        then the rounding of ``|a_t| |a_u| |g_t| |g_u|``, which ``magnitude`` sums, can exceed the result. Where that threatens, the
+        then the rounding of ``|a_t| |a_u| |g_t| |g_u|``, which ``square`` sums, can exceed the result. Where that threatens, the
         possible error is added, so that the norm is over-estimated and the example is clipped more.
     Source: math.md section 2; pitfalls.md G1 and G11; Higham and Mary 2019 for the size of rounding errors in long sums.
     """
     total: Any = 0
+    reach: Any = 0
     uses = joined(uses)
     for i, one in enumerate(uses):
-        for j in range(i + 1):
-            value = one.inner(uses[j])
+        own = one.square()
+        if own is None:
+            return None
+        total, reach = total + own[0], reach + own[1]
+        for other in uses[:i]:
+            value = one.inner(other)
             if value is None:
                 return None
-            total = total + (value if i == j else 2 * value)
+            total = total + 2 * value
     total = total.clamp(min=0)
-    reach = sum(use.magnitude() for use in uses)
-    doubt = 2 * torch.finfo(total.dtype).eps * reach.square().sum(1)  # type: ignore[union-attr]
+    doubt = 2 * torch.finfo(total.dtype).eps * reach.square().sum(1)
     return torch.where(doubt > 2 * FLOAT_MARGIN * total, total + doubt, total)

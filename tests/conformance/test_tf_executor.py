@@ -667,10 +667,13 @@ def test_update() -> None:
     total = update.reduce(update.add(update.add(empty, part), part))
     assert gap(total.sums, {k: 2 * v.numpy() for k, v in part.sums.items()}) < 1e-12
     assert float(total.stats["count"]) == 2 * B
-    noise = StepNoise(RandomKey.make("noise", 7), 3)
+    noise, sums = StepNoise(RandomKey.make("noise", 7), 3), dict(total.sums)
+    with pytest.raises(KeyError):
+        update.privatize(total, plan, {}, noise)
     released = update.privatize(total, plan, {"all": 2.0}, noise)
+    assert not total.sums  # freed as it went
     for stream, (name, value) in enumerate(released.sums.items()):
-        assert np.allclose(value - total.sums[name], 2.0 * noise.normal(stream, tuple(value.shape), np.float64))
+        assert np.allclose(value - sums[name], 2.0 * noise.normal(stream, tuple(value.shape), np.float64))
     before = [v.numpy() for v in model.trainable_variables]
     optimizer = keras.optimizers.SGD(1.0)
     for rate in (0.5, 0.25):
@@ -679,19 +682,18 @@ def test_update() -> None:
         assert np.allclose(v.numpy(), old - 0.075 * released.sums[v.path].numpy())
     with pytest.raises(ConfigError, match="schedule"):
         update.apply(model, keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 5)), released, 0.1, 0.5)
-    with pytest.raises(KeyError):
-        update.privatize(total, plan, {}, noise)
     with pytest.raises(ConfigError, match="call it eagerly"):
-        tf.function(lambda: update.privatize(total, plan, {"all": 2.0}, noise).sums, autograph=False)()
+        tf.function(lambda: update.privatize(part, plan, {"all": 2.0}, noise).sums, autograph=False)()
 
 
 def test_a_layer_that_is_never_called_gets_noise_too() -> None:
     model, x, y = case("blocks")
     plan = engine.make_plan(model, x)
     grads = bounded_sum(model, mean_squared_error, engine.full_batch(x, y), plan, training=False)
+    sums = dict(grads.sums)
     released = update.privatize(grads, plan, {"all": 1.0}, StepNoise(RandomKey.make("noise", 1), 0))
     assert plan.layer("unused" if "unused" in plan.norms else plan.layers[-1].name).calls == 0
-    assert all(float(tf.norm(v - grads.sums[k])) > 0 for k, v in released.sums.items())
+    assert all(float(tf.norm(v - sums[k])) > 0 for k, v in released.sums.items())
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])

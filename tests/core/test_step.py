@@ -147,7 +147,8 @@ def test_noise_is_drawn_once_per_logical_batch(ledger, physical):
         step(t)
         names = backend.names()
         parts = math.ceil(size / physical)
-        assert names == ["seed_dropout", "zeros", *["batch", "bounded_sum", "add"] * parts, "reduce", "privatize", "apply", "project"]
+        sums = [*["batch", "bounded_sum"], *["batch", "bounded_sum", "add"] * (parts - 1)] if parts else ["zeros"]
+        assert names == ["seed_dropout", *sums, "reduce", "privatize", "apply", "project"]
     assert ledger.num_releases == 6
     assert [noise.step for noise in backend.noises] == list(range(6))
 
@@ -215,7 +216,7 @@ def test_an_empty_batch_is_recorded_noised_and_applied(ledger):
     assert np.abs(step.model).max() > 0  # noise alone
 
 
-@pytest.mark.parametrize("call", ["seed_dropout", "zeros", "batch", "bounded_sum", "add", "reduce", "privatize", "apply", "project"])
+@pytest.mark.parametrize("call", ["seed_dropout", "batch", "bounded_sum", "add", "reduce", "privatize", "apply", "project"])
 def test_an_interrupted_step_stays_recorded_and_its_partial_sum_dies(ledger, call):
     """pitfalls.md G22: the partial sum of a broken step must not be released with the next one."""
     backend = Recorder(ledger.path, fail_in=call)
