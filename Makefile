@@ -41,8 +41,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.steps
-	$(BIN)/python -m benchmarks.steps --strategies clipless --models lipschitz_cnn lipschitz_resnet lipschitz_mixer lipschitz_mlp --batch 256 --memory
+	$(BIN)/python -m benchmarks.run
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -36,7 +36,7 @@ Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
 NAMED_PARTS = ("model", "data", "strategy", "optimizer", "loss")  # ``strategy: ghost`` stands for ``strategy: {name: ghost}``
 
 
-LATER_SETTINGS = (("privacy", "noise_weights"), ("performance", "check_bounds"), ("performance", "monitors"))
+LATER_SETTINGS = (("privacy", "noise_weights"), ("performance", "check_bounds"), ("performance", "monitors"), ("performance", "prefer"))
 
 
 class Part(BaseModel):
@@ -199,6 +199,7 @@ class Performance(Part):
         compile: ``tf.function`` / ``torch.compile``; ``auto`` compiles in TensorFlow and runs torch eagerly.
         decision: rule that chooses the norm method per layer.
         gradients: ``book_keeping`` rebuilds the clipped sum from what was measured; ``two_pass`` runs a second backward pass.
+        prefer: ``memory`` stands for ``two_pass`` and the decision ``space``, whatever those two say: larger batches, slower steps.
         precision: ``float32`` or ``float64``.
         device: ``auto``, ``cpu``, ``cuda`` or another name the framework knows.
         check_bounds: compare proven bounds with the per-sample gradient norms of synthetic examples, before and after training.
@@ -211,12 +212,23 @@ class Performance(Part):
     compile: StrictBool | Literal["auto"] = "auto"
     decision: Decision = "time"
     gradients: Literal["book_keeping", "two_pass"] = "book_keeping"
+    prefer: Literal["speed", "memory"] = "speed"
     precision: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     check_bounds: StrictBool = False
     monitors: StrictBool = False
     checkpoint_every: PositiveInt = 25
     evaluate_every: NonNegativeInt = 0
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether the clipped sum comes from a second backward pass."""
+        return self.prefer == "memory" or self.gradients == "two_pass"
+
+    @property
+    def norm_decision(self) -> Decision:
+        """The rule that chooses the norm method per layer, as it stands."""
+        return "space" if self.prefer == "memory" else self.decision
 
 
 class TrainConfig(Part):

@@ -17,6 +17,8 @@ import numpy as np
 from dptrain.errors import ConfigError
 from dptrain.randomness import RandomKey
 
+LARGEST = 512  # rows up to which a logical batch is not split where the user does not say
+
 
 @dataclass(frozen=True)
 class PoissonSampler:
@@ -71,6 +73,21 @@ def physical_batches(indices: np.ndarray, size: int) -> Iterator[tuple[np.ndarra
         mask = np.zeros(size, dtype=bool)
         mask[: len(part)] = True
         yield np.concatenate([part, np.full(size - len(part), part[0], dtype=part.dtype)]), mask
+
+
+def default_physical_batch(expected_batch_size: float, num_examples: int, copies: int = 1, largest: int | None = LARGEST) -> int:
+    """The size of physical batches where the user names none: nearly every logical batch whole, if memory allows.
+
+    Args:
+        expected_batch_size: q N.
+        num_examples: N.
+        copies: rows that one example takes.
+        largest: rows up to which a logical batch is not split; half of it is used beyond. None never splits.
+    Returns:
+        Examples per physical batch; no guarantee depends on it.
+    """
+    whole = max(1, min(math.ceil(expected_batch_size + 3 * math.sqrt(expected_batch_size)), num_examples))
+    return whole if largest is None or whole * copies <= largest else max(1, largest // 2 // copies)
 
 
 def take(x: Any, indices: np.ndarray) -> Any:

@@ -144,9 +144,9 @@ def prepare(config: TrainConfig, backend: str = "torch", data: Dataset | None = 
     x, y = probe(parts.data)
     info = describe(parts, config, x)
     timings = None
-    if config.performance.decision == "measured" and config.strategy.name == "mixed_ghost":
+    if config.performance.norm_decision == "measured" and config.strategy.name == "mixed_ghost":
         timings = executor.time_norms(parts.model, parts.loss, *probe(parts.data, config.performance.physical_batch_size))
-    plan = config.strategy.plan(info, decision=config.performance.decision, timings=timings)
+    plan = config.strategy.plan(info, decision=config.performance.norm_decision, timings=timings)
     if plan.private:
         executor.self_check(parts.model, parts.loss, x, y, plan)
     setup = Setup(config, executor, parts.data, parts.model, parts.loss, plan, rate, steps, info)

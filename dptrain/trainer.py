@@ -154,7 +154,7 @@ class Loop:
         self.step = TrainingStep(
             self.backend, setup.model, setup.loss, self.optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train,
             self.config.performance.physical_batch_size, lambda t: self.config.optimizer.rate_at(t, setup.num_steps),
-            self.config.seed, release, self.config.performance.gradients == "two_pass", self.in_force,
+            self.config.seed, release, self.config.performance.two_pass, self.in_force,
             self.used.update if self.config.performance.monitors else None,
         )  # fmt: skip
 

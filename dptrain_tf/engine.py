@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
 from dptrain.projection import certify
 from dptrain.strategies import SensitivityStrategy, get_strategy
-from dptrain.tables import render
+from dptrain.validation import ValidatedLayer, Validation
 from dptrain_tf import update
 from dptrain_tf.describe import describe, take, tensors
 from dptrain_tf.gradients import (
@@ -293,46 +293,6 @@ def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan, training: boo
         problems = probe_problems(model, loss, x, y, plan, training)
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))
-
-
-@dataclass(frozen=True)
-class ValidatedLayer:
-    """One layer in a ``Validation``.
-
-    Args:
-        name: dotted path in the model.
-        layer: its class.
-        method: ``rule``: norms from activations and cotangents; ``bare``: the layer's own variables, without the layers below it;
-            ``slow``: one vector-Jacobian product for each example.
-        parameters: identifiers of its trainable parameters.
-    """
-
-    name: str
-    layer: str
-    method: str
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A model that passed ``validate``; print it.
-
-    Args:
-        layers: the layers that are tapped.
-        num_params: numbers that are trained.
-    """
-
-    layers: tuple[ValidatedLayer, ...]
-    num_params: int
-
-    def __str__(self) -> str:
-        from rich.table import Table
-
-        table = Table(*("layer", "class", "method", "parameters"))
-        for layer in self.layers:
-            table.add_row(layer.name, layer.layer, layer.method, ", ".join(layer.parameters))
-        table.caption = f"{len(self.layers)} layers, {self.num_params:,} trainable parameters: per-sample gradients are exact"
-        return render(table)
 
 
 def validate(model: Any, batch: Any, loss: Loss | None = None, targets: Any = None, training: bool = True) -> Validation:

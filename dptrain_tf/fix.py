@@ -10,9 +10,8 @@ example; ``Rescaling`` is that map and cannot be unfrozen by accident. The other
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,52 +20,8 @@ import numpy as np
 from keras import layers as L
 
 from dptrain.errors import UnsupportedModelError
+from dptrain.validation import Change, FixReport, norm_groups
 from dptrain_tf.rules import children, mixes_examples
-
-MAX_GROUPS = 32
-
-
-@dataclass(frozen=True)
-class Change:
-    """One layer that was replaced.
-
-    Args:
-        layer: path of the layer.
-        before: what it was.
-        after: what it is now.
-    """
-
-    layer: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class FixReport:
-    """What ``fix`` did; print it.
-
-    Args:
-        changes: the layers that were replaced.
-        left: sentences about layers that are refused and were not replaced.
-        in_place: whether the given model itself was changed.
-    """
-
-    changes: tuple[Change, ...]
-    left: tuple[str, ...]
-    in_place: bool
-
-    def __str__(self) -> str:
-        kinds: dict[tuple[str, str], list[str]] = {}
-        for change in self.changes:
-            kinds.setdefault((change.before, change.after), []).append(change.layer)
-        lines = [f"{before} -> {after}: {shown(names)}" for (before, after), names in kinds.items()] or ["nothing had to be replaced"]
-        lines += [f"not replaced: {sentence}" for sentence in self.left]
-        return "\n".join([*lines, "the given model was changed in place"] if self.in_place and self.changes else lines)
-
-
-def shown(names: list[str]) -> str:
-    """A list of layers that fits on a line."""
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def fix(model: Any, verbose: bool = True) -> Any:
@@ -170,12 +125,6 @@ def flat(layer: Any) -> bool:
     return rank(layer) == 2
 
 
-def groups_of(layer: Any) -> int:
-    """Groups of the ``GroupNormalization``: at most 32, as Opacus chooses them; over vectors at least two numbers to a group."""
-    count = math.gcd(MAX_GROUPS, channels(layer))
-    return count // 2 if flat(layer) and count == channels(layer) else count
-
-
 def replacement(layer: Any, changes: list[Change]) -> tuple[Any, Callable[[], None]]:
     """The layer that replaces another one, and a function that gives it its weights when it is built."""
     if isinstance(layer, L.SpectralNormalization):
@@ -186,7 +135,7 @@ def replacement(layer: Any, changes: list[Change]) -> tuple[Any, Callable[[], No
         new = rescaling(layer)
         changes.append(Change(path_of(layer), "frozen BatchNormalization", "Rescaling by its moving statistics"))
         return new, lambda: None
-    groups = groups_of(layer)
+    groups = norm_groups(channels(layer), flat(layer))
     new = L.GroupNormalization(
         groups, layer.axis, layer.epsilon, layer.center, layer.scale, name=layer.name, dtype=layer.dtype_policy,
         beta_constraint=layer.beta_constraint, gamma_constraint=layer.gamma_constraint,

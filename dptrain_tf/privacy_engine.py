@@ -28,7 +28,7 @@ from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler, take
+from dptrain.sampling import PoissonSampler, default_physical_batch, take
 from dptrain.step import Release, TrainingStep
 from dptrain.strategies import SensitivityStrategy, get_strategy
 from dptrain_tf import engine, update
@@ -46,7 +46,6 @@ logger = logging.getLogger("dptrain_tf")
 
 COVERED = ("compile", "fit", "make_train_function", "train_on_batch", "train_step")
 OWN = ("compute_loss", "fit", "make_train_function", "train_on_batch", "train_step")  # a class's own versions would be passed over
-LARGEST = 512  # physical batches up to this size hold a whole logical batch
 NO_EPSILON = "Trained without differential privacy; no epsilon exists."
 
 
@@ -71,12 +70,8 @@ class Settings:
         return Schedule.make(count, self.expected_batch_size, self.sample_rate, self.epochs, self.steps)
 
     def physical(self, schedule: Schedule) -> int:
-        """Examples processed at once: nearly every logical batch whole, if that is no more than ``LARGEST``."""
-        if self.physical_batch_size is not None:
-            return self.physical_batch_size
-        mean = schedule.expected_batch_size
-        whole = max(1, min(math.ceil(mean + 3 * math.sqrt(mean)), schedule.num_examples))
-        return whole if whole <= LARGEST else LARGEST // 2
+        """Examples processed at once."""
+        return self.physical_batch_size or default_physical_batch(schedule.expected_batch_size, schedule.num_examples)
 
 
 class FitBackend(TensorFlowBackend):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
 from dptrain.projection import certify
 from dptrain.strategies import SensitivityStrategy, get_strategy
-from dptrain.tables import render
+from dptrain.validation import ValidatedLayer, Validation
 from dptrain_torch import update
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Loss, batch_size, bounded_sum, call_model, example_losses, trainable, zeros_like
@@ -252,46 +252,6 @@ def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None
         problems = probe_problems(model, loss, x, y, plan)
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))
-
-
-@dataclass(frozen=True)
-class ValidatedLayer:
-    """One layer in a ``Validation``.
-
-    Args:
-        name: dotted path in the model.
-        layer: its class.
-        method: ``rule``: norms from activations and cotangents; ``bare``: the module's own parameters, without the modules inside it;
-            ``slow``: one vector-Jacobian product for each example; ``unused``: no call reached it.
-        parameters: names of its trainable parameters.
-    """
-
-    name: str
-    layer: str
-    method: str
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A model that passed ``validate``; print it.
-
-    Args:
-        layers: the layers that are tapped.
-        num_params: numbers that are trained.
-    """
-
-    layers: tuple[ValidatedLayer, ...]
-    num_params: int
-
-    def __str__(self) -> str:
-        from rich.table import Table
-
-        table = Table(*("layer", "class", "method", "parameters"))
-        for layer in self.layers:
-            table.add_row(layer.name, layer.layer, layer.method, ", ".join(layer.parameters))
-        table.caption = f"{len(self.layers)} layers, {self.num_params:,} trainable parameters: per-sample gradients are exact"
-        return render(table)
 
 
 def validate(model: nn.Module, batch: Any, loss: Loss | None = None, targets: Any = None) -> Validation:

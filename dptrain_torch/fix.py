@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,52 +30,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from dptrain.errors import ConfigError, UnsupportedModelError
+from dptrain.validation import Change, FixReport, norm_groups
 from dptrain_torch.hooks import find_units
 
-MAX_GROUPS = 32
-LEAST = 8  # channels in a group after BatchNorm1d
 FUSED = ("BatchNormAct2d", "SyncBatchNormAct")  # timm's: normalisation, then ``drop``, then ``act``
 Frozen = Literal["fold", "group_norm"]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One module that was replaced or set differently.
-
-    Args:
-        layer: path in the model.
-        before: what it was.
-        after: what it is now.
-    """
-
-    layer: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class FixReport:
-    """What ``fix`` did; print it.
-
-    Args:
-        changes: the modules that were replaced or set differently.
-        left: sentences about what is still refused.
-    """
-
-    changes: tuple[Change, ...]
-    left: tuple[str, ...]
-
-    def __str__(self) -> str:
-        kinds: dict[tuple[str, str], list[str]] = {}
-        for change in self.changes:
-            kinds.setdefault((change.before, change.after), []).append(change.layer)
-        lines = [f"{before} -> {after}: {shown(names)}" for (before, after), names in kinds.items()] or ["nothing had to be replaced"]
-        return "\n".join(lines + [f"still refused: {sentence}" for sentence in self.left])
-
-
-def shown(names: list[str]) -> str:
-    """A list of layers that fits on a line."""
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 class ChannelAffine(nn.Module):
@@ -261,18 +219,6 @@ def instance_class(module: nn.Module) -> type[_InstanceNorm] | None:
     return next((new for old, new in pairs if isinstance(module, old)), None)
 
 
-def groups_of(module: _BatchNorm) -> int:
-    """Groups of the GroupNorm, as Opacus chooses them; after BatchNorm1d of ``LEAST`` channels or all.
-
-    Inputs of BatchNorm1d can be vectors. A group is then as many numbers as it has channels: of one number nothing is left, of two the sign
-    of their difference.
-    """
-    count = math.gcd(MAX_GROUPS, module.num_features)
-    while isinstance(module, nn.BatchNorm1d) and count > 1 and module.num_features // count < LEAST:
-        count //= 2
-    return count
-
-
 def replacement(module: nn.Module, path: str, options: Options, changes: list[Change]) -> nn.Module:
     """What replaces a BatchNorm."""
     assert isinstance(module, _BatchNorm)
@@ -303,7 +249,8 @@ def normalisation(module: _BatchNorm, options: Options) -> nn.Module:
         cls: Any = instance_class(module)
         new = cls(module.num_features, module.eps)
     else:
-        new = nn.GroupNorm(options.num_groups or groups_of(module), module.num_features, module.eps, affine=False)
+        groups = options.num_groups or norm_groups(module.num_features, isinstance(module, nn.BatchNorm1d))
+        new = nn.GroupNorm(groups, module.num_features, module.eps, affine=False)
     new.affine = module.affine
     new.weight, new.bias = module.weight, module.bias
     new.training = module.training

@@ -144,7 +144,7 @@ def our_step(case: Case, config: Any, data: Any) -> tuple[Step, Any]:
         stds = mechanism.stds(setup.plan, relation)
         release = Release(stds, release_event(setup.plan, stds, 1.0, relation), RandomKey.make(NOISE), PrivacyLedger(None))
     sampler = PoissonSampler(case.batch, 1.0, RandomKey.make(SAMPLING))
-    two_pass = config.performance.gradients == "two_pass"
+    two_pass = config.performance.two_pass
     optimizer = setup.backend.build_optimizer(config.optimizer, setup.model)
     step = TrainingStep(
         setup.backend, setup.model, setup.loss, optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train, case.batch,

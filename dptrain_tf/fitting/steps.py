@@ -7,6 +7,7 @@ Keras calls a train function with an iterator over the data. The one made here t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from dptrain.step import TrainingStep
 from dptrain_tf.backend import TensorFlowBackend
 
 
-class Steps:
+class Steps(ABC):
     """The steps of one model, counted over all calls of ``fit``.
 
     Args:
@@ -76,9 +77,9 @@ class Steps:
         drawn = self.step.sampler.sample(self.count - 1)
         return [part[mask] for part, mask in physical_batches(drawn, self.step.physical_batch_size)]
 
+    @abstractmethod
     def drawn(self) -> list[tuple[Any, Any]]:
         """The last logical batch, in pieces, for metrics. NOT private."""
-        raise NotImplementedError
 
 
 def tickets(count: int) -> Any:

@@ -28,7 +28,7 @@ from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler
+from dptrain.sampling import PoissonSampler, default_physical_batch
 from dptrain.step import Release, TrainingStep
 from dptrain.strategies import get_strategy
 from dptrain.strategies.clipless import Clipless
@@ -47,7 +47,6 @@ from dptrain_tf.update import group_of_parameter
 RELATION = NeighboringRelation.add_remove
 ACCOUNTANT: Literal["prv"] = "prv"
 LOCAL, GLOBAL = ("local", "per-layer"), ("global",)
-LARGEST = 512  # physical batches up to this size hold a whole logical batch
 
 
 @dataclass
@@ -283,12 +282,8 @@ class Session(Steps):
         )  # fmt: skip
 
     def physical_batch(self, copies: int) -> int:
-        """Examples processed at once: nearly every logical batch whole, if that is no more than ``LARGEST`` rows."""
-        if self.physical is not None:
-            return self.physical
-        mean = self.metadata.batch_size
-        whole = min(math.ceil(mean + 3 * math.sqrt(mean)), self.metadata.nb_samples_train)
-        return whole if whole * copies <= LARGEST else max(1, LARGEST // 2 // copies)
+        """Examples processed at once."""
+        return self.physical or default_physical_batch(self.metadata.batch_size, self.metadata.nb_samples_train, copies)
 
     def drawn(self) -> list[tuple[Any, Any]]:
         """The last logical batch, in pieces, for metrics. NOT private."""

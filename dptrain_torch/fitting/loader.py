@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from dptrain.errors import ConfigError
 from dptrain.randomness import SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler, physical_batches
+from dptrain.sampling import PoissonSampler, default_physical_batch, physical_batches
 
 if TYPE_CHECKING:
     from dptrain_torch.privacy_engine import PrivacyEngine
@@ -103,8 +102,7 @@ class PoissonLoader:
     def __init__(self, engine: PrivacyEngine, dataset: Any, physical: int | None, options: dict[str, Any]) -> None:
         schedule = engine.schedule
         self.engine, self.dataset, self.options = engine, dataset, options
-        mean = schedule.expected_batch_size
-        whole = min(math.ceil(mean + 3 * math.sqrt(mean)), schedule.num_examples)
+        whole = default_physical_batch(schedule.expected_batch_size, schedule.num_examples, largest=None)
         if physical is not None and (isinstance(physical, bool) or not isinstance(physical, int) or physical < 1):
             raise ConfigError(f"physical_batch_size must be a whole number above 0, not {physical!r}.")
         self.physical_batch_size = physical or whole
