@@ -111,13 +111,16 @@ class Accumulator:
         self.ready: dict[str, list[Use]] = {}
         self.squares: dict[str, list[Tensor]] = {}
 
-    def __call__(self, call: Call) -> None:
-        """Take in one call; a parameter is finished when its last use has arrived."""
+    def __call__(self, call: Call) -> list[Tensor]:
+        """Take in one call; a parameter is finished when its last use has arrived. Returns the norms that this finished."""
+        done = []
         for name, use in call_uses(call).items():
             uses = self.waiting.setdefault(name, [])
             uses.append(use)
             if len(uses) == self.expected[name]:
                 self.finish(name)
+                done.append(self.squares[self.group_of[self.owners[name][0]]][-1])
+        return done
 
     def finish(self, name: str) -> None:
         """Norm of one parameter's per-sample gradient, from all its uses."""

@@ -244,6 +244,8 @@ class Tap:
         self._covered: list[tuple[Any, Any]] = []
         self._frames: list[Frame | None] = []  # of the bare unit whose call runs; None inside of a layer below it
         self._count: dict[str, int] = {}
+        self._sink: Callable[[Call], Iterable[Tensor] | None] = lambda call: None
+        self._waiting: dict[int, Call] = {}  # for their cotangents, by position in ``calls``
 
     def __enter__(self) -> Tap:
         for tape in (self.tape, self.second):
@@ -366,8 +368,9 @@ class Tap:
         finally:
             if activation is not None:
                 own["activation"] = activation
-        watched = self._watched(z)
-        done.outputs, done.tape, done.own_output = [watched], inner, z
+        source = self._watched(z)
+        watched = self._gate(source, len(self.calls))
+        done.outputs, done.tape, done.own_output = [source], inner, z
         self.calls.append(done)
         return watched if activation is None else activation(watched)
 
@@ -384,26 +387,54 @@ class Tap:
         self.tape.watch(watched)
         return watched
 
-    def backward(self, losses: Tensor, seed: Tensor, sink: Callable[[Call], None]) -> None:
+    def _gate(self, z: Tensor, index: int) -> Tensor:
+        """The same value; its cotangent is handed over as it appears, and goes on to earlier layers when what was made of it is done.
+
+        In a graph nothing else would order the two, and the per-sample gradients of all layers would stand in memory at once.
+        """
+
+        @tf.custom_gradient
+        def gate(x: Tensor) -> tuple[Tensor, Callable[[Any], Tensor]]:
+            def arrive(g: Any) -> Tensor:
+                g, call = tf.convert_to_tensor(g), self._waiting.pop(index, None)
+                if call is None:  # in a second backward pass
+                    return g
+                with tf.control_dependencies(self._deliver(call, [g])):
+                    return tf.identity(g)
+
+            return tf.identity(x), arrive
+
+        gated = gate(z)
+        if getattr(z, "_keras_mask", None) is not None:
+            gated._keras_mask = z._keras_mask
+        return gated
+
+    def _deliver(self, call: Call, cotangents: list[Any]) -> list[Tensor]:
+        """Hand over one call; returns what the backward pass is to wait for."""
+        call.cotangents = [None if g is None else tf.convert_to_tensor(g) for g in cotangents]
+        for g in call.cotangents:
+            if g is not None and (g.shape.rank == 0 or fold_of(g, self.batch) == 0):
+                raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
+        call.outputs = []
+        return list(self._sink(call) or ()) if any(g is not None for g in call.cotangents) else []
+
+    def backward(self, losses: Tensor, seed: Tensor, sink: Callable[[Call], Iterable[Tensor] | None]) -> None:
         """One backward pass from the losses to the tapped outputs, which computes no gradient of any parameter.
 
         Args:
             losses: per-example losses, computed inside the tap.
             seed: their cotangent.
-            sink: called with each call whose cotangents are known, last call first; it must not keep the call.
+            sink: called with each call whose cotangents are known; it must not keep the call. It returns what is to be computed before
+                the pass goes on.
         """
-        gradients = self.tape.gradient(losses, [call.outputs for call in self.calls], seed)
+        sources = [call.outputs for call in self.calls]
+        self._sink, self._waiting, self.calls = sink, dict(enumerate(self.calls)), []
+        gradients = self.tape.gradient(losses, sources, seed)
         if all(g is None for gs in gradients for g in gs):
             raise UnsupportedModelError(["the loss depends on no trainable parameter, so nothing would be trained; unfreeze a layer."])
-        while self.calls:
-            call, found = self.calls.pop(), gradients.pop()
-            call.cotangents = [None if g is None else tf.convert_to_tensor(g) for g in found]
-            for g in call.cotangents:
-                if g is not None and (g.shape.rank == 0 or fold_of(g, self.batch) == 0):
-                    raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
-            call.outputs = []
-            if any(g is not None for g in call.cotangents):
-                sink(call)
+        for index in sorted(self._waiting, reverse=True):
+            self._deliver(self._waiting.pop(index), gradients[index])
+            gradients[index] = []
 
 
 def no_batch_axis(unit: Unit, shape: tuple[int, ...], batch: int) -> str:
