@@ -21,7 +21,7 @@ from dptrain.plan import Plan
 from dptrain_torch.bare import BareCall
 from dptrain_torch.hooks import Call, Tap, Unit, find_units
 from dptrain_torch.lipschitz import LossGradientClip
-from dptrain_torch.uses import DirectUse, Use, ghost_norm, per_example, square_sum
+from dptrain_torch.uses import DirectUse, Use, ghost_norm, instantiated_norm, per_example, square_sum
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -132,7 +132,9 @@ class Accumulator:
         wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
         direct = all(isinstance(use, DirectUse) for use in uses)
         square = ghost_norm(uses) if wants_ghost and not direct else None
-        if square is None:
+        if square is None and not self.keep and len(uses) == 1 and not direct:
+            square = instantiated_norm(uses[0])
+        elif square is None:
             gradient = uses[0].instantiate()
             for use in uses[1:]:
                 gradient = gradient + use.instantiate()

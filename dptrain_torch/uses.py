@@ -12,7 +12,8 @@ Shapes: B examples, T positions, D fan-in, p fan-out, d width of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -44,6 +45,8 @@ def split_rows(x: Tensor, batch: int) -> Tensor:
     return x.reshape(batch, len(x) // batch, *x.shape[1:])
 
 
+# Numbers that the temporaries of a norm may hold at once; more examples are taken in turns, which also keeps them in cache.
+TILE = 1 << 21
 # Channels times taps up to which one product over positions takes in all taps.
 TAP_WIDTH = 192
 
@@ -81,6 +84,11 @@ class Use:
 
     ghost = False
 
+    @property
+    def batch(self) -> int:
+        """Examples B; asked only of uses that can be cut."""
+        return 0
+
     def instantiate(self) -> Tensor:
         """Per-sample gradient ``[B, *shape]``."""
         raise TypeError(f"{type(self).__name__} cannot be instantiated")
@@ -99,6 +107,14 @@ class Use:
     def weighted_sum(self, w: Tensor) -> Tensor:
         """``sum_i w_i G_i``, of the parameter's shape."""
         return weighted(self.instantiate(), w)
+
+    def cut(self, start: int, stop: int) -> Use:
+        """The use of some of the examples."""
+        raise TypeError(f"{type(self).__name__} cannot be cut")
+
+    def temporaries(self, ghost: bool) -> int:
+        """Numbers that the norm of one example needs meanwhile; 0 where it cannot be taken for some of the examples."""
+        return 0
 
     def keep(self, finite: Tensor) -> Use:
         """The same use with the examples zeroed whose flag is False."""
@@ -155,6 +171,16 @@ class LinearUse(Use):
         a, g, w = self.a, self.g, w.view(-1, 1, 1)
         a, g = (a * w, g) if a.shape[2] < g.shape[2] else (a, g * w)  # the smaller one is copied
         return g.flatten(0, 1).t() @ a.flatten(0, 1)  # [p, D]
+
+    @property
+    def batch(self) -> int:
+        return len(self.a)
+
+    def cut(self, start: int, stop: int) -> Use:
+        return LinearUse(self.a[start:stop], self.g[start:stop])
+
+    def temporaries(self, ghost: bool) -> int:
+        return 3 * self.a.shape[1] ** 2 if ghost else self.a.shape[2] * self.g.shape[2]
 
     def keep(self, finite: Tensor) -> Use:
         return LinearUse(per_example(finite, self.a), per_example(finite, self.g))
@@ -312,6 +338,20 @@ class ConvUse(Use):
         x, g = (x * w, g) if x.numel() < g.numel() else (x, g * w)  # the smaller one is copied
         return self.native(x, g, padding)
 
+    @property
+    def batch(self) -> int:
+        return len(self.x)
+
+    def cut(self, start: int, stop: int) -> Use:
+        return replace(self, x=self.x[start:stop], g=self.g[start:stop])
+
+    def temporaries(self, ghost: bool) -> int:
+        inputs, positions = self.x[0].numel(), self.g.shape[2:].numel()
+        if not ghost:
+            return inputs + math.prod(self.shape)
+        reach = math.prod(covered(self.g.shape[2:], self.kernel, self.stride, self.dilation))
+        return inputs + self.groups * (reach**2 + 3 * positions**2)
+
     def keep(self, finite: Tensor) -> Use:
         return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g))
 
@@ -369,7 +409,38 @@ def joined(uses: Sequence[Use]) -> Sequence[Use]:
     return [*merged, *rest]
 
 
+def in_tiles(use: Use, ghost: bool, norm: Callable[[Use], Tensor | None]) -> Tensor | None:
+    """A norm of every example ``[B]``, for as many of them at once as ``TILE`` allows.
+
+    Args:
+        use: the only use of a parameter.
+        ghost: how the norm is taken.
+        norm: use -> ``[B]`` or None.
+    Returns:
+        What ``norm`` gives for the whole use.
+    """
+    each, batch = use.temporaries(ghost), use.batch
+    size = batch if each == 0 else max(1, TILE // each)
+    if size >= batch:
+        return norm(use)
+    parts = [norm(use.cut(start, min(start + size, batch))) for start in range(0, batch, size)]
+    return None if any(part is None for part in parts) else torch.cat(parts)  # type: ignore[arg-type]
+
+
 def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
+    """Squared norm of a parameter's per-sample gradient from all pairs of its uses, ``[B]``; see ``pairs_norm``."""
+    uses = joined(uses)
+    return in_tiles(uses[0], True, lambda use: pairs_norm([use])) if len(uses) == 1 else pairs_norm(uses)
+
+
+def instantiated_norm(use: Use) -> Tensor:
+    """Squared norm of a per-sample gradient that is not kept, ``[B]``."""
+    found = in_tiles(use, False, lambda part: square_sum(part.instantiate()))
+    assert found is not None
+    return found
+
+
+def pairs_norm(uses: Sequence[Use]) -> Tensor | None:
     """Squared norm of a parameter's per-sample gradient from all pairs of its uses.
 
     Args:
@@ -383,7 +454,6 @@ def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
     """
     total: Any = 0
     reach: Any = 0
-    uses = joined(uses)
     for i, one in enumerate(uses):
         own = one.square()
         if own is None:
