@@ -32,7 +32,7 @@ def keras_loop(bench: Bench) -> Callable[[], None]:
     @tf.function
     def train() -> None:
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(bench.loss(model(bench.x, training=True), bench.y))
+            loss = tf.reduce_mean(bench.loss(bench.y, model(bench.x, training=True)))
         optimizer.apply(tape.gradient(loss, [v.value for v in model.trainable_variables]), model.trainable_variables)
 
     return train

@@ -40,7 +40,8 @@ class Bench:
     Args:
         model: the native model, with the config's starting weights.
         x, y: the batch ``[B, ...]`` and its targets, as native tensors on the device.
-        loss: the config's per-example loss, native: outputs, targets -> ``[B]``.
+        loss: the config's per-example loss ``[B]``, called as the framework does: ``(outputs, targets)`` in torch,
+            ``(targets, outputs)`` in Keras.
         learning_rate, max_grad_norm, noise_multiplier: what to train with.
         backend: ours, for device and helpers.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dptrain_torch import clipped_sum, per_sample_norms
+from dptrain_torch import clipped_sum, per_sample_norms, uses
 from tests.conformance.torch_oracle import assert_exact, fill, projection, slow_layers
 
 Y = torch.tensor([0, 1, 2, 0])
@@ -510,3 +510,24 @@ class Unknown(nn.Module):
 def test_what_cannot_be_followed_is_slow_and_nothing_else() -> None:
     plan = exact(Unknown(), normal(4, 3, 4), check=True)
     assert slow_layers(plan) == ["mix"]
+
+
+@pytest.mark.parametrize("tile", [1, 500, 1200])
+@pytest.mark.parametrize(
+    "use",
+    [
+        uses.LinearUse(normal(7, 5, 4), normal(7, 5, 6, seed=1)),
+        uses.LinearUse(normal(7, 1, 4), normal(7, 1, 6, seed=1)),
+        uses.ConvUse(normal(7, 4, 6, 5), normal(7, 6, 3, 5, seed=1), (3, 3), (2, 1), (1, 1), 2, ((1, 1), (1, 1))),
+    ],
+    ids=["linear", "one position", "conv"],
+)
+def test_norms_that_are_taken_in_turns_are_those_of_all_at_once(use: Any, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = use.instantiate().flatten(1).square().sum(1)
+    lengths: list[int] = []
+    original = type(use).cut
+    monkeypatch.setattr(uses, "TILE", tile)
+    monkeypatch.setattr(type(use), "cut", lambda self, a, b: lengths.append(b - a) or original(self, a, b))
+    for found in (uses.ghost_norm([use]), uses.instantiated_norm(use)):
+        torch.testing.assert_close(found, expected)
+    assert tile > 1 or lengths == [1] * 14

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dptrain import TrainConfig, compare
+from dptrain.cli import sweeps
 from dptrain.comparison import Case, Settings, Shape, grid
 from dptrain.comparison import run as runner
 from dptrain.comparison.measure import ALLOCATOR, environment
@@ -250,3 +251,9 @@ def test_a_step_that_is_not_ours_and_a_native_model(tmp_path, monkeypatch) -> No
     )
     assert found.rows[0]["ratio"] > 0
     assert "theirs:gone cannot be loaded" in found.rows[1]["unsupported"]
+
+
+def test_the_command_line_reads_sweeps() -> None:
+    assert sweeps(["batch=8, 16", "model.width=4"]) == {"batch": ["8", "16"], "model.width": ["4"]}
+    with pytest.raises(ConfigError, match="key=value"):
+        sweeps(["batch"])

@@ -121,10 +121,18 @@ def test_a_hash_is_a_constant_of_the_content():
         {"strategy": "ghost"},
         {"sampling": {"sample_rate": 0.2, "steps": 5}},
         {"performance": {"physical_batch_size": 64}},
+        {"performance": {"prefer": "memory"}},
     ],
 )
 def test_another_run_has_another_hash(change):
     assert config(**change).hash != config().hash
+
+
+def test_preferring_memory_stands_for_two_passes_and_the_rule_of_space():
+    fast, small = config().performance, config(performance={"prefer": "memory", "decision": "measured"}).performance
+    assert (fast.two_pass, fast.norm_decision) == (False, "time")
+    assert (small.two_pass, small.norm_decision) == (True, "space")
+    assert config(performance={"gradients": "two_pass"}).performance.two_pass
 
 
 def test_the_order_of_groups_counts_and_no_other_order_does():

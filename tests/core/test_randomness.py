@@ -220,3 +220,15 @@ def test_training_leaves_the_generators_of_numpy_and_python_alone():
     trained()
     assert pickle.dumps(np.random.get_state()) == before[0]
     assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(), (7,), (0, 3), (3, 5), (CHUNK + 5, 2)])
+def test_noise_that_is_added_in_one_pass_is_the_noise(shape, dtype):
+    noise, values = StepNoise(RandomKey.make(NOISE, 3), 4), np.random.default_rng(0).normal(size=shape).astype(dtype)
+    before = values.copy()
+    found = noise.added_to(values, 2, 0.7)
+    np.testing.assert_array_equal(found, noise.normal(2, shape, dtype) * dtype(0.7) + values)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(values, before)
+    np.testing.assert_array_equal(noise.added_to(values.T, 2, 0.7), noise.normal(2, values.T.shape, dtype) * dtype(0.7) + values.T)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from dptrain import ConfigError, PoissonSampler
 from dptrain.randomness import SAMPLING, RandomKey
-from dptrain.sampling import physical_batches
+from dptrain.sampling import default_physical_batch, physical_batches
 from tests.core.shared import EXAMPLES, FALSE_FAILURE
 
 KEY = RandomKey.make(SAMPLING, unsafe_seed=20)
@@ -140,3 +140,12 @@ def test_the_logical_batch_does_not_depend_on_the_physical_size():
     batch = PoissonSampler(100, 0.4, KEY).sample(5)
     for size in (1, 3, 16, 100, 1000):
         np.testing.assert_array_equal(np.concatenate([part[mask] for part, mask in physical_batches(batch, size)]), batch)
+
+
+@pytest.mark.parametrize(
+    ("expected", "count", "options", "size"),
+    [(50, 1000, {}, 72), (600, 10_000, {}, 256), (600, 10_000, {"largest": None}, 674), (0.5, 10, {}, 3), (50, 60, {}, 60), (1, 1, {}, 1),
+     (50, 1000, {"copies": 8}, 32), (50, 1000, {"copies": 1000}, 1)],
+)  # fmt: skip
+def test_a_physical_batch_that_nobody_names_holds_nearly_every_logical_one(expected, count, options, size):
+    assert default_physical_batch(expected, count, **options) == size
