@@ -258,6 +258,31 @@ def test_fit_is_keras_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     np.testing.assert_array_equal(other.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
+@keras.saving.register_keras_serializable("dptrain_tests")
+class Saved(keras.Model):
+    """A subclassed model that can be saved."""
+
+    def __init__(self, width: int = 4, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.width, self.hidden, self.head = width, L.Dense(width, activation="tanh"), L.Dense(CLASSES)
+
+    def call(self, x: Any) -> Any:
+        return self.head(self.hidden(x))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "width": self.width}
+
+
+def test_a_subclassed_model_is_saved_as_what_it_was(tmp_path: Path) -> None:
+    model = Saved(5)
+    model(X[:2])
+    budgeted(model, sample_size=N).fit(X, Y, BATCH, 1, 0)
+    model.save(tmp_path / "saved.keras")
+    loaded = keras.models.load_model(tmp_path / "saved.keras")
+    assert type(loaded) is Saved and loaded.width == 5 and not hasattr(loaded, "privacy")
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
 def test_training_stops_before_the_budget_is_passed(caplog: pytest.LogCaptureFixture) -> None:
     model = budgeted(mlp())
     first = model.fit(X, Y, epochs=1, verbose=0)
