@@ -6,20 +6,17 @@ step is one ``dptrain.step.TrainingStep``, the very step of the trainer: there i
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from accounting import AccountingError, PrivacyLedger, SampledGaussian, calibrate_steps, get_accountant
-from dptrain.budget import Budget, Schedule, open_ledger
+from accounting import PrivacyLedger
+from dptrain.budget import Schedule
 from dptrain.config import Performance, Privacy
 from dptrain.costs import Decision
 from dptrain.errors import ConfigError, DataError, UnsupportedModelError
@@ -28,80 +25,27 @@ from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler, default_physical_batch, take
+from dptrain.sampling import PoissonSampler, take
 from dptrain.step import Release, TrainingStep
 from dptrain.strategies import SensitivityStrategy, get_strategy
 from dptrain_tf import engine, update
-from dptrain_tf.backend import CHUNK, TensorFlowBackend
 from dptrain_tf.describe import describe
 from dptrain_tf.fitting import data as reading
+from dptrain_tf.fitting.callback import PrivacyCallback
 from dptrain_tf.fitting.data import Data
+from dptrain_tf.fitting.executor import FitBackend, in_full_precision, precision
 from dptrain_tf.fitting.losses import Weighted, constant_of, example_loss
-from dptrain_tf.fitting.steps import Steps, tickets, train_function
-from dptrain_tf.gradients import Batch
+from dptrain_tf.fitting.promise import Promise
+from dptrain_tf.fitting.refusals import check_ids, check_optimizer, refuse_added_losses, refuse_class
+from dptrain_tf.fitting.settings import Settings, privacy_of
+from dptrain_tf.fitting.steps import tickets, train_function
 from dptrain_tf.hooks import find_units
 from dptrain_tf.rules import children, mixes_examples
 
-logger = logging.getLogger("dptrain_tf")
-
 COVERED = ("compile", "fit", "make_train_function", "train_on_batch", "train_step")
-OWN = ("compute_loss", "fit", "make_train_function", "train_on_batch", "train_step")  # a class's own versions would be passed over
-NO_EPSILON = "Trained without differential privacy; no epsilon exists."
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What ``make_private`` was given, and where its documentation is."""
-
-    privacy: Privacy
-    strategy: SensitivityStrategy
-    expected_batch_size: float | None
-    sample_rate: float | None
-    epochs: float | None
-    steps: int | None
-    physical_batch_size: int | None
-    decision: Decision
-    two_pass: bool
-    seed: int
-    debug: bool
-
-    def schedule(self, count: int) -> Schedule:
-        """How N examples enter the steps."""
-        return Schedule.make(count, self.expected_batch_size, self.sample_rate, self.epochs, self.steps)
-
-    def physical(self, schedule: Schedule) -> int:
-        """Examples processed at once."""
-        return self.physical_batch_size or default_physical_batch(schedule.expected_batch_size, schedule.num_examples)
-
-
-class FitBackend(TensorFlowBackend):
-    """The backend, counting how often a step is traced.
-
-    Args:
-        performance: as for the backend.
-        jit: compile the sum over a physical batch by XLA.
-    """
-
-    def __init__(self, performance: Performance, jit: bool) -> None:
-        super().__init__(performance)
-        self.jit, self.traces = jit, 0
-
-    def compile(self, function: Any) -> Any:
-        """As the backend."""
-
-        def counted(batch: Any) -> Any:
-            self.traces += 1
-            return function(batch)
-
-        return super().compile(counted)
-
-    def batch(self, x: Any, y: Any, mask: np.ndarray, factor: float | None = None) -> Batch:  # type: ignore[override]
-        """As the backend; a factor is a tensor even where it is 1, so that its first move does not retrace."""
-        scale = None if factor is None else tf.constant(factor, self.dtype)
-        return Batch(self.tensor(x), self.tensor(y), self.tensor(mask), scale)
-
-
-class PrivacyEngine(Steps):
+class PrivacyEngine(Promise):
     """The private training of one Keras model, and what may be promised of it: ``model.privacy``.
 
     Args:
@@ -112,13 +56,8 @@ class PrivacyEngine(Steps):
     """
 
     def __init__(self, model: Any, settings: Settings, ledger: PrivacyLedger | str | Path | None, sample_size: int | None) -> None:
-        super().__init__(model)
-        self.settings = self._given = settings
-        self._ledger = open_ledger(ledger)
-        self._final = sample_size is not None  # whether the calibration is
-        self._opened = not isinstance(ledger, PrivacyLedger)
-        self.schedule: Schedule | None = None
-        self.budget: Budget | None = None
+        super().__init__(model, settings, ledger)
+        self._final = sample_size is not None
         self._keys = tuple(RandomKey.make(purpose, settings.privacy.unsafe_seed) for purpose in (SAMPLING, NOISE))
         if settings.privacy.unsafe_seed is not None:
             self.count = self._ledger.num_releases  # no noise twice
@@ -128,11 +67,6 @@ class PrivacyEngine(Steps):
         self._jit = False
         self._data: Data | None = None
         self._trained: tuple[int, ...] = ()
-        self._event: SampledGaussian | None = None
-        self._limit: float | None = None  # epsilon asked for by a callback
-        self._allowed: float = math.inf  # further steps within it
-        self._wanted = 0  # steps of this call of fit that are still to come
-        self._said = False
         self._running = False
         try:
             self._look()
@@ -143,16 +77,6 @@ class PrivacyEngine(Steps):
             raise
 
     # --- what a user may ask ---
-    @property
-    def private(self) -> bool:
-        """Whether there is any promise."""
-        return self.settings.strategy.name != "non_private"
-
-    @property
-    def ledger(self) -> PrivacyLedger:
-        """Every release that was made from data."""
-        return self._ledger
-
     @property
     def plan(self) -> Plan:
         """The plan: ``print`` it.
@@ -167,62 +91,9 @@ class PrivacyEngine(Steps):
         return self._plan
 
     @property
-    def noise_multiplier(self) -> float:
-        """sigma; 0 in non-private training.
-
-        Raises:
-            ConfigError: it is not calibrated yet.
-        """
-        if self.private and self.budget is None:
-            raise ConfigError("The noise is calibrated when fit has seen how many examples there are; give sample_size= to know it now.")
-        return self.budget.noise_multiplier if self.budget else 0.0
-
-    @property
-    def sample_rate(self) -> float:
-        """q, the probability with which each example enters a step.
-
-        Raises:
-            ConfigError: it is not known yet.
-        """
-        if self.schedule is not None:
-            return self.schedule.sample_rate
-        if self.settings.sample_rate is None:
-            raise ConfigError("The sample rate is known when fit has seen how many examples there are; give sample_size= to know it now.")
-        return self.settings.sample_rate
-
-    @property
-    def steps_left(self) -> int | None:
-        """Steps left of the planned ones; None where none were planned."""
-        if self.schedule is None or self.budget is None:
-            return None
-        return self.budget.left
-
-    @property
     def traces(self) -> int:
         """How often the sum over a physical batch was traced in the last call of ``fit``."""
         return self.executor.traces if isinstance(self.executor, FitBackend) else 0
-
-    def epsilon(self, delta: float | None = None) -> float:
-        """Epsilon of everything in the ledger; infinity in non-private training.
-
-        Args:
-            delta: by default ``privacy.target_delta``.
-        """
-        if not self.private:
-            return math.inf
-        return self.budget.epsilon(delta) if self.budget else self._spent(delta)
-
-    def statement(self, delta: float | None = None) -> str:
-        """What may be promised of the weights: epsilon with delta, relation, sampling and accountant."""
-        if not self.private:
-            return NO_EPSILON
-        if self.budget is None:
-            return f"Nothing has been released by this model yet; the ledger holds epsilon = {self._spent(delta):.6g}."
-        text, allowed = self.budget.statement(delta), 1.0 / self.budget.schedule.num_examples
-        used = self.settings.privacy.target_delta if delta is None else delta
-        if used >= allowed:
-            text += f" delta {used:g} is not below 1/N = {allowed:.3g}: publishing one example in full would keep the promise."
-        return text
 
     def __repr__(self) -> str:
         return f"PrivacyEngine({type(self.model).__name__} {self.model.name!r}, {self.settings.strategy.name}: {self.statement()})"
@@ -240,49 +111,7 @@ class PrivacyEngine(Steps):
         self._close()
         return self.model
 
-    def _close(self) -> None:
-        if self._opened:
-            self.ledger.close()
-
     # --- before training ---
-    def _spent(self, delta: float | None) -> float:
-        """Epsilon of a ledger that was continued."""
-        privacy = self.settings.privacy
-        return get_accountant(privacy.accountant, privacy.relation).epsilon(
-            self.ledger.events, privacy.target_delta if delta is None else delta
-        )
-
-    def _calibrate(self, count: int, asked: Settings | None = None) -> Schedule:
-        """Noise for N examples; what the ledger holds by then counts against the budget. It is final once a step has begun.
-
-        Args:
-            count: N.
-            asked: the settings, completed by a call of ``fit``.
-        Raises:
-            DataError: N is another number than that of a final calibration.
-        """
-        settings = asked or self.settings
-        if self.schedule is None or not (self._final or (settings == self.settings and count == self.schedule.num_examples)):
-            schedule = settings.schedule(count)
-            self.budget = Budget(settings.privacy, schedule, self.ledger) if self.private else None
-            self.schedule, self.settings = schedule, settings
-        if count != self.schedule.num_examples:
-            raise DataError(
-                f"The training data hold {count} examples, and the noise was calibrated for {self.schedule.num_examples}; give the same "
-                "number, or call make_private again with the same ledger."
-            )
-        return self.schedule
-
-    def _completed(self, data: Data, batch_size: int | None, epochs: int, steps_per_epoch: int | None) -> Settings:
-        """The settings, where ``make_private`` was not told the batch size or the steps to calibrate for, with those of a ``fit``."""
-        settings = self._given
-        if settings.expected_batch_size is None and settings.sample_rate is None:
-            settings = replace(settings, expected_batch_size=batch_size or min(data.batch, data.count))
-        if self.private and settings.privacy.target_epsilon is not None and settings.epochs is None and settings.steps is None:
-            per_epoch = steps_per_epoch or settings.schedule(data.count).steps_per_pass
-            settings = replace(settings, steps=epochs * per_epoch)
-        return settings
-
     def _look(self) -> None:
         """Refuse at construction what can be known by then; plan, where the shapes are known and no loss is needed."""
         model = self.model
@@ -292,10 +121,10 @@ class PrivacyEngine(Steps):
                 raise UnsupportedModelError(problems)
             return
         find_units(model, training=True)
-        x = inputs_of(model)
+        x = reading.inputs_of(model)
         if x is not None and not self.settings.strategy.proves:
             self._info = describe(model, x)
-            self._plan = settings_plan(self.settings, self._info, None)
+            self._plan = self.settings.plan(self._info, None)
 
     def _timings(self, loss: Any, data: Data, size: int) -> Any:
         """Measured times of the norm methods, if the decision asks for them."""
@@ -325,7 +154,7 @@ class PrivacyEngine(Steps):
         x, y = self.executor.tensor(x), self.executor.tensor(y)
         self._info = self._facts(x)
         loss = example_loss(model, data.weight is not None, precision(model))
-        plan = self._plan = settings_plan(self.settings, self._info, self._timings(loss, data, self.settings.physical(schedule)))
+        plan = self._plan = self.settings.plan(self._info, self._timings(loss, data, self.settings.physical(schedule)))
         self._check(loss, x, y, plan)
         refuse_added_losses(model)
         loss.check_labels(data.y, y if data.weight is None else y[0], model(x, training=False))
@@ -392,82 +221,11 @@ class PrivacyEngine(Steps):
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"XLA cannot compile the private step of this model ({reason}); remove jit_compile=True.") from None
 
-    # --- the budget ---
-    def _refuse_spent(self) -> None:
-        if self.budget is not None and self.budget.left == 0:
-            raise AccountingError(
-                f"The {self.schedule.num_steps if self.schedule else 0} planned steps are used up: {self.statement()} Nothing was trained; "
-                "to go on, plan more with make_private on the same ledger."
-            )
-
-    def _refuse_overspending(self) -> None:
-        """Refuse steps beyond ``target_epsilon``, as after releases that others have put into the ledger since the calibration."""
-        target = self.settings.privacy.target_epsilon
-        if target is None or self.budget is None or self._event is None:
-            return
-        planned = self._epsilon_after(min(self.budget.left or 0, self._wanted) or 1)
-        if planned > target:
-            raise AccountingError(
-                f"The planned releases would spend epsilon {planned:.6g}, above target_epsilon {target:.6g}, because the ledger has grown "
-                "since the noise was calibrated; call make_private again on this ledger."
-            )
-
-    def _epsilon_after(self, steps: int) -> float:
-        """Epsilon after more steps of the kind that runs."""
-        privacy, event = self.settings.privacy, self._event
-        assert event is not None
-        return get_accountant(privacy.accountant, privacy.relation).epsilon([*self.ledger.events, (event, steps)], privacy.target_delta)
-
-    def limit(self, epsilon: float) -> None:
-        """Stop before an epsilon is passed, in addition to the planned steps.
-
-        Args:
-            epsilon: at ``privacy.target_delta``.
-        Raises:
-            AccountingError: a single step would pass it.
-        """
-        privacy, event = self.settings.privacy, self._event
-        self._limit, self._allowed = epsilon, math.inf
-        if event is None or not self._wanted or self._epsilon_after(self._wanted) <= epsilon:
-            return
-        if (least := self._epsilon_after(1)) > epsilon:
-            raise AccountingError(f"One more step would spend epsilon {least:.6g}, above max_epsilon {epsilon:g}; nothing was trained.")
-        self._allowed = calibrate_steps(
-            epsilon, privacy.target_delta, event.sample_rate, event.noise_multiplier, privacy.accountant, privacy.relation,
-            self.ledger.events,
-        )  # fmt: skip
-
-    def _available(self) -> bool:
-        """Whether the budget leaves another step."""
-        return self._allowed > 0 and not (self.budget is not None and self.budget.left == 0)
-
-    def _stop(self) -> None:
-        """Stop Keras' loop, and say why, once per ``fit``."""
-        self.model.stop_training = True
-        if not self._said:
-            self._said = True
-            what = f"epsilon {self._limit:g} of PrivacyCallback" if self._allowed <= 0 else "the planned budget"
-            logger.warning("Training stops after step %d: one more would pass %s. %s", self.count, what, self.statement())
-
     def admit(self) -> bool:
         """Whether one more step may be run; stops Keras' loop if not."""
         if trained(self.model) != self._trained:
             raise ConfigError("A layer's trainable flag was changed while fit was running; change it between calls, and compile again.")
-        if self._available():
-            return True
-        self._stop()
-        return False
-
-    def run(self) -> dict[str, float]:
-        """One step, within the budget."""
-        self._final = True
-        if self.budget is not None:
-            self.budget.begin()
-        self._allowed, self._wanted = self._allowed - 1, self._wanted - 1
-        stats = super().run()
-        if self._wanted > 0 and not self._available():
-            self._stop()
-        return stats
+        return super().admit()
 
     def drawn(self) -> list[tuple[Any, Any]]:
         """The last logical batch, in pieces, for metrics. NOT private."""
@@ -668,175 +426,9 @@ def make_private(
     return model
 
 
-def privacy_of(privacy: Privacy | Mapping[str, Any] | None) -> Privacy:
-    """The promise, from settings of it."""
-    if isinstance(privacy, Privacy):
-        return privacy
-    from pydantic import ValidationError
-
-    from dptrain.config import explain
-
-    raw = dict(privacy or {})
-    try:
-        return Privacy.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explain(error, "privacy", raw)) from None
-
-
-def refuse_class(model: Any) -> None:
-    """Refuse what is no Keras model, is private already, or has training methods of its own.
-
-    Raises:
-        ConfigError: with the reason.
-    """
-    if not isinstance(model, keras.Model):
-        raise ConfigError(f"make_private takes a keras.Model, not {type(model).__name__}.")
-    if isinstance(model.__dict__.get("privacy"), PrivacyEngine):
-        raise ConfigError(f"Model {model.name!r} is private already; call model.privacy.detach() first.")
-    own = [name for name in OWN if getattr(type(model), name) is not getattr(keras.Model, name)]
-    if own:
-        raise ConfigError(
-            f"{type(model).__name__} has its own {', '.join(own)}, which a private step cannot run; move the loss into compile(loss=...), "
-            "one value per example."
-        )
-    if hasattr(model, "privacy"):
-        raise ConfigError(f"{type(model).__name__} has an attribute privacy of its own; rename it.")
-
-
-def check_optimizer(model: Any) -> None:
-    """Refuse an optimizer that would undo a scaling of the loss which is not done here, or that knows other variables.
-
-    Raises:
-        ConfigError: with the reason.
-    """
-    optimizer = model.optimizer
-    if optimizer is None:
-        raise ConfigError("The model is compiled without an optimizer; give compile(optimizer=...).")
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(optimizer, "loss_scale_factor", None):
-        raise ConfigError(
-            "The optimizer divides gradients by a scale of the loss that is not used here; compile again with the optimizer that is inside "
-            "LossScaleOptimizer, or without loss_scale_factor."
-        )
-    if optimizer.built and model.built:
-        known = {id(v) for v in getattr(optimizer, "_trainable_variables", model.trainable_variables)}
-        if not {id(v) for v in model.trainable_variables} <= known:
-            raise ConfigError("Variables have become trainable since the optimizer was built; compile again with a new optimizer.")
-
-
-def refuse_added_losses(model: Any) -> None:
-    """Refuse ``add_loss``, whose terms are not per example; called after a forward pass.
-
-    Raises:
-        UnsupportedModelError: lists the layers.
-    """
-    found = [layer.name for layer in children(model) if layer._losses]
-    if found:
-        raise UnsupportedModelError(
-            [f"layer {name!r} calls add_loss, which is no per-example loss; put it into the loss." for name in found]
-        )
-
-
-def check_ids(executor: TensorFlowBackend, model: Any, data: Data) -> None:
-    """Refuse token ids outside an embedding, before training: a step never raises on data (pitfalls.md G29).
-
-    Where the values alone do not show that all are inside, every example goes through the model once.
-
-    Raises:
-        DataError: an id is outside.
-    """
-    sizes = [layer.input_dim for layer in children(model) if isinstance(layer, keras.layers.Embedding)]
-    if not sizes or all(a.min() >= 0 and a.max() < min(sizes) for a in reading.leaves(data.x)):
-        return
-    run = tf.function(lambda x: model(x, training=False), autograph=False, reduce_retracing=True)
-    try:
-        for start in range(0, data.count, CHUNK):
-            run(executor.tensor(take(data.x, np.arange(start, min(start + CHUNK, data.count)))))
-    except tf.errors.InvalidArgumentError:
-        raise DataError("The training data hold token ids that an embedding has no row for; correct them or raise its input_dim.") from None
-
-
-def inputs_of(model: Any) -> Any:
-    """Synthetic inputs for a model that knows their shapes, else None."""
-    specs = getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None)
-    if specs is None:
-        return None
-    flat = reading.leaves(specs)
-    if any(None in spec.shape[1:] or not spec.dtype.startswith(("float", "int", "uint", "bool")) for spec in flat):
-        return None
-    return reading.synthetic(reading.structure(specs, lambda spec: np.zeros((0, *spec.shape[1:]), spec.dtype)), 3)
-
-
-def settings_plan(settings: Settings, info: ModelInfo, timings: Any) -> Plan:
-    """The strategy's plan; without times that were measured, by the rule for time."""
-    decision = "time" if settings.decision == "measured" and timings is None else settings.decision
-    return settings.strategy.plan(info, decision=decision, timings=timings)
-
-
-@contextmanager
-def in_full_precision(model: Any) -> Iterator[None]:
-    """Let layers of a mixed precision policy compute in the type of their variables: what the self-check compares is then exact."""
-    before = [(layer, layer._dtype_policy) for layer in children(model) if layer.compute_dtype in ("bfloat16", "float16")]
-    try:
-        for layer, _ in before:
-            layer._dtype_policy = keras.dtype_policies.DTypePolicy(layer.variable_dtype)
-        yield
-    finally:
-        for layer, policy in before:
-            layer._dtype_policy = policy
-
-
 def trained(model: Any) -> tuple[int, ...]:
     """Which variables are trainable."""
     return tuple(id(v) for v in model.trainable_variables)
-
-
-def precision(model: Any) -> Literal["float32", "float64"]:
-    """float64 if any variable is, else float32."""
-    return "float64" if any(v.dtype == "float64" for v in model.variables) or model.compute_dtype == "float64" else "float32"
-
-
-class PrivacyCallback(keras.callbacks.Callback):
-    """Epsilon after each epoch as ``logs["epsilon"]``, so that ``History`` has it; at the end, what may be promised of the weights.
-
-    Training stops before the planned budget is passed, with this callback or without it.
-
-    Args:
-        max_epsilon: also stop before this epsilon is passed.
-        verbose: print the statement at the end.
-    """
-
-    def __init__(self, max_epsilon: float | None = None, verbose: bool = True) -> None:
-        super().__init__()
-        if max_epsilon is not None and not max_epsilon > 0:
-            raise ConfigError(f"max_epsilon must be above 0, not {max_epsilon!r}.")
-        self.max_epsilon, self.verbose = max_epsilon, verbose
-
-    def set_model(self, model: Any) -> None:
-        """Refuse a model that is not private."""
-        super().set_model(model)
-        if not isinstance(getattr(model, "privacy", None), PrivacyEngine):
-            raise ConfigError("PrivacyCallback needs a model of make_private.")
-
-    @property
-    def engine(self) -> PrivacyEngine:
-        """The model's."""
-        found: PrivacyEngine = self.model.privacy
-        return found
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Set the limit."""
-        if self.max_epsilon is not None and self.engine.private:
-            self.engine.limit(self.max_epsilon)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Put epsilon into the logs."""
-        if logs is not None and self.engine.private:
-            logs["epsilon"] = self.engine.epsilon()
-
-    def on_train_end(self, logs: Any = None) -> None:
-        """Print the statement."""
-        if self.verbose:
-            print(self.engine.statement())
 
 
 __all__ = ["PrivacyCallback", "PrivacyEngine", "make_private"]

@@ -90,7 +90,7 @@ def fix(
         verbose: print what was changed.
         frozen_batchnorm: what becomes of a BatchNorm none of whose parameters is trainable: ``fold`` keeps the function that it computes
             in evaluation mode, so that a pretrained backbone stays what it was; ``group_norm`` treats it like the others.
-        num_groups: groups of each GroupNorm; by default the greatest common divisor of 32 and the channels.
+        num_groups: groups of each GroupNorm; by default those of ``dptrain.validation.norm_groups``.
         replace_bn_with_in: InstanceNorm in place of GroupNorm.
     Returns:
         A copy; devices, precisions, modes, ``requires_grad`` and shared modules are those of ``model``.

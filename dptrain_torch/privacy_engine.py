@@ -7,8 +7,7 @@ gradients (``gradients.py``), the release (``dptrain.step.Update``), noise and a
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_flatten
 
 from accounting import NeighboringRelation, PrivacyLedger
 from dptrain.budget import Budget, Schedule
@@ -29,43 +27,20 @@ from dptrain.plan import Plan
 from dptrain.randomness import NOISE, RandomKey
 from dptrain.step import Release, Update
 from dptrain.strategies import SensitivityStrategy
-from dptrain_torch import engine, gradients, graph
+from dptrain_torch import checks, engine, gradients, graph
 from dptrain_torch.backend import TorchBackend
 from dptrain_torch.describe import SIZES, arguments_of, facts_of_calls
 from dptrain_torch.describe import probe as probe_calls
 from dptrain_torch.fitting.first_step import check_coupling, check_first_step
 from dptrain_torch.fitting.loader import Ticket, private_loader
-from dptrain_torch.hooks import FIRST_CALLS, Tap, find_units
+from dptrain_torch.fitting.optimizers import Inner, Late
+from dptrain_torch.fitting.promise import Promise
+from dptrain_torch.fitting.refusals import check_optimizer, refuse_wrappers
+from dptrain_torch.fitting.watching import Recording, Watching
+from dptrain_torch.hooks import FIRST_CALLS, find_units
 
 
-@dataclass
-class Recording:
-    """The forward passes since the last step.
-
-    Args:
-        tap: what the trainable layers saw.
-        output: of the last pass, where a bound rests on the whole model.
-        outputs: floating tensors that the passes returned, for the check of the first step.
-        passes: examples of each pass, and calls seen up to its end.
-    """
-
-    tap: Tap
-    output: Any = None
-    outputs: list[Tensor] = field(default_factory=list)
-    passes: list[tuple[int, int]] = field(default_factory=list)
-
-    def keep(self, batch: int) -> None:
-        """Forget the calls of passes over another number of examples: evaluations in between, which the loss does not come from."""
-        start, stale = 0, set[int]()
-        for size, end in self.passes:
-            if size != batch:
-                stale.update(id(call) for call in self.tap.calls[start:end])
-            start = end
-        self.tap.forget(stale)
-        self.tap.batch, self.passes = batch, []
-
-
-class PrivacyEngine:
+class PrivacyEngine(Promise, Watching):
     """Makes an optimizer's steps private.
 
         engine = PrivacyEngine(model, sample_size=len(data), expected_batch_size=256, epochs=3, target_epsilon=3, max_grad_norm=0.1)
@@ -129,11 +104,11 @@ class PrivacyEngine:
         if expected_batch_size is not None and batch_size is not None:
             raise ConfigError("batch_size and expected_batch_size are the same; give one.")
         old = understood(settings, strategy, max_grad_norm, accountant)
-        self.module, self.strategy, self.loss_constant = module, old.strategy, loss
+        self.strategy, self.loss_constant = old.strategy, loss
         batch = expected_batch_size if expected_batch_size is not None else batch_size
-        self.schedule = Schedule.make(sample_size, batch, sample_rate, epochs, steps, sampling)
+        schedule = Schedule.make(sample_size, batch, sample_rate, epochs, steps, sampling)
         self.physical_batch_size = physical_batch_size
-        self.budget: Budget | None = None
+        budget: Budget | None = None
         if self.strategy.name != "non_private":
             delta = min(1e-5, 1 / (2 * sample_size)) if target_delta is None else target_delta
             privacy = Privacy.model_validate(
@@ -143,11 +118,12 @@ class PrivacyEngine:
                     "noise_weights": dict(noise_weights or {}), "unsafe_seed": unsafe_seed,
                 }
             )  # fmt: skip
-            self.budget = Budget(privacy, self.schedule, ledger)
+            budget = Budget(privacy, schedule, ledger)
+        Promise.__init__(self, schedule, budget)
         self.unsafe_seed = unsafe_seed
         refuse_wrappers(module)
         self.backend = TorchBackend(Performance(device="cpu"))  # only its functions on tensors, wherever those are
-        self.units = find_units(module)
+        Watching.__init__(self, module, find_units(module))
         if not self.units:
             raise UnsupportedModelError(["no parameter is trainable; unfreeze a layer."])
         self.optimizer: torch.optim.Optimizer | None = None
@@ -159,14 +135,9 @@ class PrivacyEngine:
         self._certified: dict[str, np.ndarray] = {}
         self._names = {name: id(p) for name, p in gradients.trainable(module).items()}
         self._noise_key = RandomKey.make(NOISE, unsafe_seed)
-        self._index = 0
         self.sampling_key: RandomKey | None = None
         self._pass = 0
         self.drawn = 0  # logical batches drawn by loaders
-        self._checked = False
-        self._handles: list[Any] = []
-        self._depth = 0
-        self._recording: Recording | None = None
         self._ticket: Ticket | None = None
         self._served = False  # whether the ticket was used
         self._total: gradients.Grads | None = None
@@ -177,72 +148,6 @@ class PrivacyEngine:
             raise ConfigError("Strategy clipless proves its bounds from the model's graph: give probe, a small batch of inputs.")
         if probe is not None:
             self._validate(probe)
-
-    # --- settings and results ---
-    @property
-    def noise_multiplier(self) -> float:
-        """sigma; 0 in non-private training."""
-        return self.budget.noise_multiplier if self.budget else 0.0
-
-    @property
-    def sample_rate(self) -> float:
-        """q of the accountant: 1 with ``shuffle``."""
-        return self.schedule.sample_rate
-
-    @property
-    def num_steps(self) -> int | None:
-        """Planned logical batches."""
-        return self.schedule.num_steps
-
-    @property
-    def steps(self) -> int:
-        """Logical batches applied in this session."""
-        return self._index
-
-    @property
-    def steps_left(self) -> int | None:
-        """Logical batches left of the planned ones."""
-        planned = self.schedule.num_steps
-        return None if planned is None else max(0, planned - (self.budget.steps if self.budget else self._index))
-
-    @property
-    def ledger(self) -> PrivacyLedger:
-        """Every release.
-
-        Raises:
-            RunError: training is not private.
-        """
-        return self._private().ledger
-
-    def _private(self) -> Budget:
-        if self.budget is None:
-            raise RunError("The strategy is non_private, so there is no ledger and no epsilon.")
-        return self.budget
-
-    def epsilon(self, delta: float | None = None) -> float:
-        """Epsilon of every release so far.
-
-        Args:
-            delta: by default ``target_delta``.
-        Returns:
-            An upper bound, by the engine's accountant and for its neighbouring relation.
-        """
-        return self._private().epsilon(delta)
-
-    get_epsilon = epsilon
-
-    def statement(self, delta: float | None = None) -> str:
-        """What may be promised of the weights: epsilon with delta, relation, sampling and accountant."""
-        return self._private().statement(delta) if self.budget else "Trained without differential privacy; no epsilon exists."
-
-    def get_privacy_spent(self, **_: Any) -> dict[str, Any]:
-        """Epsilon and what it refers to, as plain data; arguments of private_vision are accepted and have no effect."""
-        budget = self._private()
-        privacy = budget.privacy
-        return {
-            "epsilon": budget.epsilon(), "delta": privacy.target_delta, "accountant": privacy.accountant,
-            "neighboring_relation": privacy.relation.value, "sampling": self.schedule.sampling, "releases": budget.ledger.num_releases,
-        }  # fmt: skip
 
     def __repr__(self) -> str:
         return f"PrivacyEngine({type(self.module).__name__}, {self.strategy.name}: {self.statement()})"
@@ -258,20 +163,7 @@ class PrivacyEngine:
         """
         if self.optimizer is not None or hasattr(optimizer, "privacy_engine"):
             raise ConfigError("An engine is attached already; detach it first.")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigError("LBFGS evaluates the loss several times per step through a closure; use an optimizer that does not.")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        own = {id(p): name for name, p in gradients.trainable(self.module).items()}
-        if held - own.keys():
-            raise ConfigError(
-                "The optimizer holds trainable parameters that are not the model's; they would never be trained. Remove them."
-            )
-        missing = [name for i, name in own.items() if i not in held]
-        if missing:
-            raise ConfigError(
-                f"The optimizer lacks {len(missing)} trainable parameters ({', '.join(missing[:3])} ...): they would use up the bound and "
-                "never be trained; freeze them with requires_grad_(False) before making the engine, or give them to the optimizer."
-            )
+        check_optimizer(self.module, optimizer)
         original = optimizer.step
 
         def step(_self: Any, closure: Any = None, *, loss: Tensor | None = None) -> None:
@@ -303,37 +195,6 @@ class PrivacyEngine:
             if self._original is not None:
                 shadow.step = self._original
         self.optimizer = None
-
-    # --- watching the model ---
-    def _watch(self) -> Any:
-        """Follow the model's calls; returns the handle."""
-        return self.module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._depth == 0 and torch.is_grad_enabled():
-            if self._update is None:
-                self._prepare(args, kwargs)
-            first = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()), None)
-            if first is not None:
-                if self._recording is None:
-                    self._recording = Recording(Tap(self.units, len(first)))
-                self._recording.tap.batch = len(first)
-                self._recording.tap.__enter__()
-        if self._depth == 0:  # now, so that it runs after the tap's own hook where the whole model is one layer
-            self._leave = module.register_forward_hook(self._after, always_call=True)
-        self._depth += 1
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth:
-            return
-        self._leave.remove()
-        if self._recording is not None and torch.is_grad_enabled():
-            self._recording.tap.__exit__(None, None, None)
-            self._recording.output = output
-            found = [z for z in tree_flatten(output)[0] if isinstance(z, Tensor) and z.requires_grad and z.dim()]
-            self._recording.outputs += [] if self._checked else found
-            self._recording.passes.append((self._recording.tap.batch, len(self._recording.tap.calls)))
 
     # --- the loader ---
     def loader(self, data: Any, *, physical_batch_size: int | None = None, **options: Any) -> Any:
@@ -529,7 +390,7 @@ class PrivacyEngine:
         for handle in self._handles:  # these passes are not recorded, and a module with hooks of its own would be tapped as a whole
             handle.remove()
         try:
-            with engine.kept_state(self.module):
+            with checks.kept_state(self.module):
                 units, calls = probe_calls(self.module, args, kwargs)
             info = facts_of_calls(self.module, units, calls, SIZES[0])
             self._adopt(self.strategy.plan(info), info)
@@ -551,11 +412,12 @@ class PrivacyEngine:
         self._update = Update(
             self.backend, self.module, inner or Late(self), plan, self.schedule.expected_batch_size, release, self._in_force
         )
+        self._prepared = True
 
     def _validate(self, probe: Any) -> None:
         """Validate the model, and for a proof restore and certify its constraints, on a small batch of inputs."""
         if not self.strategy.proves:
-            engine.validate(self.module, probe)
+            checks.validate(self.module, probe)
             self._prepare(*arguments_of(probe))
             return
         engine.project(self.module, probe)
@@ -599,48 +461,6 @@ class PrivacyEngine:
         if self._in_force is not None and state.get("in_force"):
             weights = graph.weights(self.module, self._in_force.info.graph) if self._in_force.info.graph is not None else {}
             self._in_force.restore({k: np.asarray(v) for k, v in state["in_force"].items()}, weights)
-
-
-@dataclass
-class Inner:
-    """An optimizer with the step that it had before the engine came."""
-
-    optimizer: torch.optim.Optimizer
-    step: Callable[..., Any]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
-        return self.optimizer.param_groups
-
-
-@dataclass
-class Late:
-    """Stands for the optimizer of an engine that is attached later."""
-
-    engine: PrivacyEngine
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
-        return self.engine._inner.param_groups
-
-    def step(self) -> None:
-        """The optimizer's own step."""
-        self.engine._inner.step()
-
-
-def refuse_wrappers(module: nn.Module) -> None:
-    """Refuse what calls the model in a way that the engine cannot follow.
-
-    Raises:
-        ConfigError: a compiled or parallel wrapper, or several processes.
-    """
-    name = type(module).__name__
-    if name in ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
-        raise ConfigError(f"PrivacyEngine needs the model itself, not its {name}; give it the module inside, and train on one device.")
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise ConfigError("PrivacyEngine draws one sample and one noise on one process; several would each add their own. Run one process.")
 
 
 def as_float(value: Any) -> Any:

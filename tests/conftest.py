@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -15,24 +16,15 @@ import torch
 torch.set_num_threads(1)
 
 
-def declare_torchvision_operators() -> object:
-    """Let torchvision, and so timm, be imported beside a torch that its compiled operators do not fit: they are declared, never called.
-
-    Returns:
-        What keeps the declarations alive, None where none are needed. torchvision itself is not imported, which takes seconds.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    try:
-        for file in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
-            torch.ops.load_library(str(file))
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
+def loaded(file: Path) -> ModuleType:
+    """A file as a module; no folder of examples is put on the path, where its names could hide others."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-TORCHVISION_OPERATORS = declare_torchvision_operators()
+# torchvision, and so timm, can then be imported beside a torch that it does not fit; the module keeps its declarations alive.
+PACKAGES = loaded(Path(__file__).parents[1] / "examples" / "packages.py")

@@ -1,1 +1,1 @@
-"""What makes ``keras.Model.fit`` private: data read once, per-example losses, and one ``TrainingStep`` per Keras step."""
+"""What makes Keras' ``fit`` private: the promise, settings, refusals, the data, the steps and their backend, losses, and the callback."""

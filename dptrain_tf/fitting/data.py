@@ -255,3 +255,14 @@ def synthetic(x: Any, count: int) -> Any:
         return rng.integers(0, 2, shape).astype(a.dtype)
 
     return structure(x, one)
+
+
+def inputs_of(model: Any) -> Any:
+    """Synthetic inputs for a model that knows their shapes, else None."""
+    specs = getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None)
+    if specs is None:
+        return None
+    flat = leaves(specs)
+    if any(None in spec.shape[1:] or not spec.dtype.startswith(("float", "int", "uint", "bool")) for spec in flat):
+        return None
+    return synthetic(structure(specs, lambda spec: np.zeros((0, *spec.shape[1:]), spec.dtype)), 3)

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from dptrain.errors import UnsupportedModelError
 from dptrain.plan import Plan
-from dptrain_torch.engine import tolerance
+from dptrain_torch.checks import tolerance
 from dptrain_torch.gradients import trainable
 from dptrain_torch.update import group_of_parameter
 
