@@ -156,7 +156,7 @@ class Budget:
             )  # fmt: skip
         # What a release is recorded as; refuses what no accountant can speak of.
         self.event = SampledGaussian(event_noise_multiplier(self.noise_multiplier), schedule.sample_rate)
-        self._before = self.ledger.num_releases  # of others
+        self._before = self._held()
 
     @property
     def mechanism(self) -> GaussianMechanism:
@@ -192,6 +192,13 @@ class Budget:
         self._in_pass = 1 if new else (self._in_pass or 0) + 1
         return new
 
+    def _held(self) -> dict[SampledGaussian, int]:
+        """Event -> releases of its kind in the ledger."""
+        held: dict[SampledGaussian, int] = {}
+        for event, count in self.ledger.events:
+            held[event] = held.get(event, 0) + count
+        return held
+
     def _refuse_overspending(self) -> None:
         """Refuse a release beyond ``target_epsilon`` where the ledger holds other releases than those that the noise was calibrated for.
 
@@ -199,7 +206,10 @@ class Budget:
             BudgetError: it would pass the target.
         """
         privacy, target = self.privacy, self.privacy.target_epsilon
-        if target is None or self.ledger.num_releases == self._before + self.releases:
+        held = self._held()
+        same, before = held.pop(self.event, 0), dict(self._before)
+        # Releases of this kind are within the calibration whoever made them, as long as there are no more than were begun here.
+        if target is None or (same <= before.pop(self.event, 0) + self.releases and held == before):
             return
         accountant = get_accountant(privacy.accountant, privacy.relation)
         spent = accountant.epsilon([*self.ledger.events, (self.event, 1)], privacy.target_delta)
@@ -257,8 +267,7 @@ class Budget:
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"This is not the state of a privacy budget ({error}); pass what state_dict() returned.") from None
         for event, count in events:
-            held = sum(n for known, n in self.ledger.events if known == event)
-            if count > held:
+            if (held := self._held().get(event, 0)) < count:
                 self.ledger.record(event, count - held)
         # Releases with other noise are not those that this budget planned; they count as what others spent.
         own = sum(count for event, count in events if event == self.event)

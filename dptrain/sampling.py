@@ -75,6 +75,17 @@ def physical_batches(indices: np.ndarray, size: int) -> Iterator[tuple[np.ndarra
         yield np.concatenate([part, np.full(size - len(part), part[0], dtype=part.dtype)]), mask
 
 
+def check_physical_batch_size(size: Any) -> int | None:
+    """A physical batch size as the user gave it; None stands for a choice of ours.
+
+    Raises:
+        ConfigError: it is not a positive whole number.
+    """
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
+        raise ConfigError(f"physical_batch_size must be a whole number above 0, not {size!r}.")
+    return None if size is None else int(size)
+
+
 def default_physical_batch(expected_batch_size: float, num_examples: int, copies: int = 1, largest: int | None = LARGEST) -> int:
     """The size of physical batches where the user names none: nearly every logical batch whole, if memory allows.
 

@@ -25,7 +25,7 @@ from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler, take
+from dptrain.sampling import PoissonSampler, check_physical_batch_size, take
 from dptrain.step import Release, TrainingStep
 from dptrain.strategies import SensitivityStrategy, get_strategy
 from dptrain_tf import engine, update
@@ -413,8 +413,7 @@ def make_private(
         raise ConfigError("Give expected_batch_size or sample_rate, not both; the other follows from it.")
     if sample_size is not None and expected_batch_size is None and sample_rate is None:
         raise ConfigError("sample_size is for calibrating at once, which needs expected_batch_size or sample_rate too.")
-    if physical_batch_size is not None and physical_batch_size < 1:
-        raise ConfigError(f"physical_batch_size must be at least 1, not {physical_batch_size!r}.")
+    physical_batch_size = check_physical_batch_size(physical_batch_size)
     if gradients not in ("book_keeping", "two_pass"):
         raise ConfigError(f"gradients must be book_keeping or two_pass, not {gradients!r}.")
     chosen = Settings(

@@ -66,7 +66,9 @@ def gram_square(one: Tensor, two: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     Returns:
         The sum of their product ``[B]``; the sum over positions of the product of the lengths ``[B, groups]``.
     """
-    lengths = tf.sqrt(tf.nn.relu(tf.linalg.diag_part(one) * tf.linalg.diag_part(two)))
+    # Roots before the product, which could leave float32's range.
+    roots = [tf.sqrt(tf.nn.relu(tf.linalg.diag_part(gram))) for gram in (one, two)]
+    lengths = roots[0] * roots[1]
     total = tf.reduce_sum(tf.reshape(one * two, [one.shape[0] // groups, -1]), axis=1)
     return total, tf.reshape(tf.reduce_sum(lengths, axis=1), [-1, groups])
 

@@ -25,6 +25,7 @@ from dptrain.mechanism import release_event
 from dptrain.migration import understood
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, RandomKey
+from dptrain.sampling import check_physical_batch_size
 from dptrain.step import Release, Update
 from dptrain.strategies import SensitivityStrategy
 from dptrain_torch import checks, engine, gradients, graph
@@ -107,7 +108,7 @@ class PrivacyEngine(Promise, Watching):
         self.strategy, self.loss_constant = old.strategy, loss
         batch = expected_batch_size if expected_batch_size is not None else batch_size
         schedule = Schedule.make(sample_size, batch, sample_rate, epochs, steps, sampling)
-        self.physical_batch_size = physical_batch_size
+        self.physical_batch_size = check_physical_batch_size(physical_batch_size)
         budget: Budget | None = None
         if self.strategy.name != "non_private":
             delta = min(1e-5, 1 / (2 * sample_size)) if target_delta is None else target_delta
@@ -215,7 +216,7 @@ class PrivacyEngine(Promise, Watching):
         Raises:
             ConfigError: the data set has another size than ``sample_size``, no size, or a sampler of its own.
         """
-        return private_loader(self, data, physical_batch_size or self.physical_batch_size, options)
+        return private_loader(self, data, self.physical_batch_size if physical_batch_size is None else physical_batch_size, options)
 
     def arrive(self, ticket: Ticket) -> None:
         """A physical batch is about to be handed out."""

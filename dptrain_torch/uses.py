@@ -74,7 +74,9 @@ def gram_square(one: Tensor, two: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     Returns:
         The sum of their product ``[B]``; the sum over positions of the product of the lengths ``[B, groups]``.
     """
-    lengths = (one.diagonal(dim1=1, dim2=2) * two.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1)
+    # Roots before the product, which could leave float32's range.
+    roots = [gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for gram in (one, two)]
+    lengths = (roots[0] * roots[1]).sum(1)
     return (one * two).view(len(one) // groups, -1).sum(1), lengths.view(-1, groups)
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from dptrain.comparison.measure import PeerMissingError
+from dptrain.comparison.measure import Bench, PeerMissingError
 
 
 def peer(package: str, install: str, variable: str | None = None) -> Any:
@@ -34,3 +35,14 @@ def peer(package: str, install: str, variable: str | None = None) -> Any:
     except ImportError as error:
         where = f", or set {variable} to the folder of a checkout" if variable else ""
         raise PeerMissingError(f"{package} cannot be imported ({error}): {install}{where}.") from None
+
+
+def mean_loss_step(bench: Bench, model: Any, optimizer: Any) -> Callable[[], None]:
+    """A step of torch's tutorials: zero the gradients, the mean loss backward, the optimizer's step."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        bench.loss(model(bench.x), bench.y).mean().backward()
+        optimizer.step()
+
+    return step

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.peers import peer
+from benchmarks.peers import mean_loss_step, peer
 from dptrain.comparison.measure import Bench, PeerMissingError
 
 INSTALL = "pip install opacus"
@@ -33,13 +33,7 @@ def private_parts(bench: Bench, mode: str, **settings: Any) -> tuple[Any, ...]:
 def per_sample(bench: Bench, mode: str) -> Callable[[], None]:
     """A step with materialised per-sample gradients."""
     model, optimizer, _ = private_parts(bench, mode)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        bench.loss(model(bench.x), bench.y).mean().backward()
-        optimizer.step()
-
-    return step
+    return mean_loss_step(bench, model, optimizer)
 
 
 def hooks(bench: Bench) -> Callable[[], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from benchmarks.peers import mean_loss_step
 from dptrain.comparison.measure import Bench
 
 
@@ -11,14 +12,7 @@ def torch_loop(bench: Bench) -> Callable[[], None]:
     """A loop as in torch's tutorials, with the mean loss and SGD."""
     import torch
 
-    model, optimizer = bench.model.train(), torch.optim.SGD(bench.model.parameters(), bench.learning_rate)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        bench.loss(model(bench.x), bench.y).mean().backward()
-        optimizer.step()
-
-    return step
+    return mean_loss_step(bench, bench.model.train(), torch.optim.SGD(bench.model.parameters(), bench.learning_rate))
 
 
 def keras_loop(bench: Bench) -> Callable[[], None]:

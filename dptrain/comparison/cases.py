@@ -15,7 +15,7 @@ from dptrain.errors import ConfigError
 
 NON_PRIVATE = "non_private"
 Measurement = Literal["time", "memory", "largest"]
-PACKAGES = {"torch": ("torch",), "tensorflow": ("tensorflow", "keras")}
+PACKAGES = {"torch": ("torch", "opacus"), "tensorflow": ("tensorflow", "keras")}
 # Swept beside the settings of a config: they belong to the data and to the batch.
 SWEPT = ("batch", "input")
 

@@ -28,7 +28,7 @@ from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, release_event
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler, default_physical_batch
+from dptrain.sampling import PoissonSampler, check_physical_batch_size, default_physical_batch
 from dptrain.step import Release, TrainingStep
 from dptrain.strategies import get_strategy
 from dptrain.strategies.clipless import Clipless
@@ -170,7 +170,8 @@ class Session(Steps):
     ) -> None:
         super().__init__(model)
         self.parameters, self.metadata = parameters, metadata
-        self.ledger, self.physical = open_ledger(ledger), physical_batch_size
+        self.physical = check_physical_batch_size(physical_batch_size)  # before a ledger is opened
+        self.ledger = open_ledger(ledger)
         self.loss: DP_Loss | None = None
         self.eager = False
         self.quantile: QuantileSettings | None = None

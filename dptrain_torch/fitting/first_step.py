@@ -44,7 +44,9 @@ def check_first_step(
         mask: bool ``[B]``; False marks padding.
         norms: group -> norms ``[B]``, as the tap took them.
     Returns:
-        Whether there was an example to look at; a batch of padding alone has none.
+        Whether there was an example to look at; a batch of padding alone has none, and one in which an example overflows may have none,
+        since autograd's sum over the batch is not finite then. Such a step is sound all the same: what is released is rebuilt from
+        what was measured.
     Raises:
         UnsupportedModelError: lists every problem.
     """
@@ -53,15 +55,22 @@ def check_first_step(
     for position, name in enumerate(parameters):
         members.setdefault(groups[name], []).append(position)
     usable = [i for i in range(len(losses)) if bool(mask[i]) and bool(losses[i].isfinite())]
+    broken = ~losses.detach().isfinite()
+    for norm in norms.values():
+        broken = broken | ~norm.isfinite()
     problems: list[str] = []
+    looked = 0
     for i in usable[:EXAMPLES]:
         ask: list[Any] = [*parameters.values(), *edges, *outputs]
         found = torch.autograd.grad(losses[i], ask, retain_graph=True, allow_unused=True)
         own, rest = found[: len(parameters)], found[len(parameters) :]
-        mixed = coupled(rest, i, len(losses))
+        mixed = coupled(rest, i, broken)
         problems += mixed
         if mixed:
             continue  # norms of single examples mean nothing then
+        if bool(broken.any()) and not all(bool(g.isfinite().all()) for g in own if g is not None):
+            continue  # 0 * inf, from another row
+        looked += 1
         for group, positions in members.items():
             squares = [g.double().square().sum() for g in (own[p] for p in positions) if g is not None]
             true = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
@@ -75,7 +84,7 @@ def check_first_step(
                 )
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))
-    return bool(usable)
+    return looked > 0
 
 
 def check_coupling(outputs: list[Tensor], losses: Tensor, mask: Tensor) -> bool:
@@ -92,19 +101,29 @@ def check_coupling(outputs: list[Tensor], losses: Tensor, mask: Tensor) -> bool:
     """
     usable = [i for i in range(len(losses)) if bool(mask[i]) and bool(losses[i].isfinite())]
     for i in usable[:EXAMPLES]:
-        if problems := coupled(torch.autograd.grad(losses[i], outputs, retain_graph=True, allow_unused=True), i, len(losses)):
+        if problems := coupled(
+            torch.autograd.grad(losses[i], outputs, retain_graph=True, allow_unused=True), i, ~losses.detach().isfinite()
+        ):
             raise UnsupportedModelError(problems)
     return bool(usable)
 
 
-def coupled(gradients: tuple[Tensor | None, ...], i: int, batch: int) -> list[str]:
-    """A sentence if the loss of example i has a gradient in the rows of another."""
+def coupled(gradients: tuple[Tensor | None, ...], i: int, broken: Tensor) -> list[str]:
+    """A sentence if the loss of example i has a gradient in the rows of another.
+
+    Args:
+        gradients: of that loss, rows of the examples first.
+        i: the example.
+        broken: bool ``[B]``; examples that are not finite themselves, in whose rows ``0 * inf`` may stand.
+    """
+    batch = len(broken)
     for g in gradients:
         if g is None or g.dim() == 0 or g.shape[0] % batch or not len(g):
             continue
         rows = g.reshape(batch, -1)
-        others = torch.cat([rows[:i], rows[i + 1 :]]).nan_to_num(0.0, 0.0, 0.0)  # 0 * inf, where another example overflows
-        if bool((others != 0).any()):
+        foreign = (rows != 0) & ~(rows.isnan() & broken.unsqueeze(1))
+        foreign[i] = False
+        if bool(foreign.any()):
             return [
                 "the loss of one example depends on another example; find the layer or the loss that mixes examples (batch statistics, a "
                 "mean over the batch, a contrastive loss)."

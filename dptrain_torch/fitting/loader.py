@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from dptrain.errors import ConfigError
 from dptrain.randomness import SAMPLING, RandomKey
-from dptrain.sampling import PoissonSampler, default_physical_batch, physical_batches
+from dptrain.sampling import PoissonSampler, check_physical_batch_size, default_physical_batch, physical_batches
 
 if TYPE_CHECKING:
     from dptrain_torch.privacy_engine import PrivacyEngine
@@ -103,9 +103,7 @@ class PoissonLoader:
         schedule = engine.schedule
         self.engine, self.dataset, self.options = engine, dataset, options
         whole = default_physical_batch(schedule.expected_batch_size, schedule.num_examples, largest=None)
-        if physical is not None and (isinstance(physical, bool) or not isinstance(physical, int) or physical < 1):
-            raise ConfigError(f"physical_batch_size must be a whole number above 0, not {physical!r}.")
-        self.physical_batch_size = physical or whole
+        self.physical_batch_size = check_physical_batch_size(physical) or whole
         if engine.sampling_key is None:
             engine.sampling_key = RandomKey.make(SAMPLING, engine.unsafe_seed)
         self.sampler = PoissonSampler(schedule.num_examples, schedule.sample_rate, engine.sampling_key)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from accounting import PrivacyLedger, SampledGaussian, get_accountant
@@ -19,7 +20,8 @@ from dptrain.budget import BudgetError
 from dptrain.errors import ConfigError, RunError, UnsupportedModelError
 from dptrain.randomness import NOISE, SAMPLING, RandomKey, StepNoise
 from dptrain.sampling import PoissonSampler
-from dptrain_torch import SpectralLinear, clipped_sum
+from dptrain_torch import SpectralLinear, clipped_sum, make_plan
+from dptrain_torch.fitting.first_step import check_first_step, coupled
 from dptrain_torch.layers import BoundedInput, GroupSort
 from dptrain_torch.losses import get_loss
 from dptrain_torch.privacy_engine import PrivacyEngine
@@ -714,3 +716,54 @@ def test_the_arguments_of_private_vision(settings: dict[str, Any], name: str, cl
     assert engine.strategy.clipping == clipping  # type: ignore[attr-defined]
     assert engine.budget is not None
     assert engine.budget.privacy.accountant == ("rdp" if "accounting_mode" in settings else "prv")
+
+
+def first_step(factor: float, mixed: float = 0.0, poison: bool = False) -> bool:
+    """The check of a first step of a linear map, with its norms multiplied by a factor."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    if poison:
+        x[3] = math.inf
+    output = model(x)
+    values = output.square().sum(1)
+    values = values + mixed * output[2].sum()
+    grads = [torch.autograd.grad(values[i], list(model.parameters()), retain_graph=True) for i in range(4)]
+    norms = {"all": factor * torch.stack([torch.stack([g.square().sum() for g in gs]).sum().sqrt() for gs in grads])}
+    plan = make_plan(model, torch.randn(4, 3, dtype=torch.float64))
+    edges = [get_gradient_edge(output)]
+    return check_first_step(model, plan, edges, [output], values, torch.ones(4, dtype=torch.bool), norms)
+
+
+def test_a_first_step_may_overestimate_norms_a_little_and_not_underestimate_them() -> None:
+    """Ghost norms add the doubt of float32 to what they found (G11); a norm that is too small would break the bound."""
+    assert first_step(1.0) and first_step(1.04)
+    for factor in (0.999, 1.1, math.nan):
+        with pytest.raises(UnsupportedModelError, match="an example's gradient has norm"):
+            first_step(factor)
+
+
+def test_a_first_step_tells_an_example_that_overflows_from_one_that_is_coupled() -> None:
+    # 0 * inf stands in the row of the example that overflows, and in autograd's sum over the batch: the next step is checked.
+    assert not first_step(1.0, poison=True)
+    with pytest.raises(UnsupportedModelError, match="depends on another example"):
+        first_step(1.0, poison=True, mixed=1e-3)
+    with pytest.raises(UnsupportedModelError, match="depends on another example"):
+        first_step(1.0, mixed=1e-3)
+
+
+@pytest.mark.parametrize(("foreign", "broken", "found"), [(0.0, False, False), (1e-30, True, True), (math.inf, True, True),
+                                                          (math.nan, True, False), (math.nan, False, True)])  # fmt: skip
+def test_only_nan_in_the_row_of_an_example_that_is_broken_itself_is_excused(foreign: float, broken: bool, found: bool) -> None:
+    gradient = torch.zeros(6, 2)
+    gradient[2:4], gradient[5, 1] = 1.0, foreign  # two rows for each of three examples; the loss is the second one's
+    assert bool(coupled((None, gradient), 1, torch.tensor([False, False, broken]))) is found
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_a_physical_batch_size_that_is_none_is_refused(size: Any) -> None:
+    with pytest.raises(ConfigError, match="whole number above 0"):
+        engine_for(net(), physical_batch_size=size)
+    engine, _ = engine_for(net())
+    with pytest.raises(ConfigError, match="whole number above 0"):
+        engine.loader(DATA, physical_batch_size=size)

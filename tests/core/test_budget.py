@@ -105,6 +105,24 @@ def test_two_budgets_on_one_ledger_do_not_spend_the_target_twice() -> None:
         spend(one, 10)
 
 
+def test_what_was_begun_and_never_recorded_makes_no_room_for_others() -> None:
+    """As many releases of other noise as steps that failed: the count of the ledger is what was expected, its content is not."""
+    ledger, schedule = PrivacyLedger(None), Schedule.make(1000, 50, steps=30)
+    budget = Budget(Privacy(target_epsilon=1.0, accountant="rdp"), schedule, ledger)
+    for _ in range(5):
+        budget.begin()  # and the ledger cannot be written
+    ledger.record(SampledGaussian(0.6, 0.05), 5)
+    with pytest.raises(BudgetError, match="ledger has grown"):
+        budget.begin()
+
+
+def test_no_accountant_runs_while_the_ledger_is_the_budgets_own(monkeypatch) -> None:
+    budget = Budget(Privacy(target_epsilon=1.0, accountant="rdp"), Schedule.make(1000, 50, steps=30))
+    monkeypatch.setattr("dptrain.budget.get_accountant", lambda *_: pytest.fail("an accountant ran"))
+    spend(budget, 30)
+    assert budget.left == 0
+
+
 def test_a_foreign_state_cannot_make_room() -> None:
     """What another run spent with less noise counts, although the planned steps are not used up."""
     other = Budget(Privacy(noise_multiplier=0.5), Schedule.make(1000, 50, steps=5))

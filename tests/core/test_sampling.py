@@ -12,7 +12,7 @@ from scipy import stats
 
 from dptrain import ConfigError, PoissonSampler
 from dptrain.randomness import SAMPLING, RandomKey
-from dptrain.sampling import default_physical_batch, physical_batches
+from dptrain.sampling import check_physical_batch_size, default_physical_batch, physical_batches
 from tests.core.shared import EXAMPLES, FALSE_FAILURE
 
 KEY = RandomKey.make(SAMPLING, unsafe_seed=20)
@@ -149,3 +149,11 @@ def test_the_logical_batch_does_not_depend_on_the_physical_size():
 )  # fmt: skip
 def test_a_physical_batch_that_nobody_names_holds_nearly_every_logical_one(expected, count, options, size):
     assert default_physical_batch(expected, count, **options) == size
+
+
+def test_a_physical_batch_size_is_a_positive_whole_number_or_none():
+    assert check_physical_batch_size(None) is None
+    assert check_physical_batch_size(np.int64(3)) == 3
+    for bad in (0, -2, 1.0, True, "8"):
+        with pytest.raises(ConfigError, match="whole number above 0"):
+            check_physical_batch_size(bad)
