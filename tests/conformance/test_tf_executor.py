@@ -774,3 +774,26 @@ def test_layers_are_listed_branch_by_branch() -> None:
     body = L.Dense(4, name="body2")(L.Dense(4, name="body1")(x))
     model = keras.Model(x, L.Dense(2, name="head")(L.Add()([body, L.Dense(4, name="down2")(L.Dense(4, name="down1")(x))])))
     assert [layer.name for layer in engine.describe(model, data((4,), 0)).layers] == ["body1", "body2", "down1", "down2", "head"]
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_the_backward_pass_of_a_graph_waits_for_the_norm_of_each_layer(two_pass: bool) -> None:
+    """Else nothing orders them, and the per-sample gradients of all layers stand in memory at once."""
+    model, x = small(L.Dense(3, name="one"), L.Dense(4, name="two"), L.Dense(2, name="head")), data((4,), 0)
+    plan = engine.make_plan(model, x)
+    batch = engine.full_batch(x, np.ones((B, 2)))
+    traced = tf.function(lambda: bounded_sum(model, mean_squared_error, batch, plan, two_pass=two_pass).sums, autograph=False)
+    waiting = [op for op in traced.get_concrete_function().graph.get_operations() if op.type == "Identity" and op.control_inputs]
+    assert len(waiting) >= 3
+    eager = bounded_sum(model, mean_squared_error, batch, plan).sums
+    assert gap(traced(), {k: v.numpy() for k, v in eager.items()}) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_noise_is_added_to_every_kind_of_parameter(shape: tuple[int, ...], dtype: str) -> None:
+    value, noise = tf.cast(tf.fill(shape, 2.0), dtype), StepNoise(RandomKey.make("noise", 1), 0)
+    found = update.noisy(value, 0.5, noise, 3)
+    drawn = noise.normal(3, shape, np.float64 if dtype == "float64" else np.float32)
+    assert found.dtype == value.dtype and tuple(found.shape) == shape
+    assert np.allclose(tf.cast(found, tf.float64), 2.0 + 0.5 * drawn, rtol=1e-2 if dtype == "bfloat16" else 1e-6)
