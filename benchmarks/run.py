@@ -22,11 +22,12 @@ PLAIN = {"torch": "plain:torch_loop", "tensorflow": "plain:keras_loop"}
 
 INTRO = """# Benchmarks
 
-Written by `python -m benchmarks.run`. Time: the ratio of a private step to a non-private one, median
-and quartiles of {pairs} interleaved pairs in one process with {threads} threads. Memory: the peak of the step above the resting
-process, in a process of its own, and its ratio to that of non-private training. `plain` is the plainest loop of the framework:
-the yardstick `non_private` is ours, and this row shows that it is not slow. Rows with `memory` in the column `performance.prefer`
-give up speed for memory. Peers run in their exact modes, on the same model and batch.
+Written by `python -m benchmarks.run`. Time: the ratio of a private step to a non-private one, median and quartiles of {pairs}
+interleaved pairs in one process with {threads} threads. Memory: the peak of the process during steps, above the framework loaded and
+no model, in a process of its own, and its ratio to that of non-private training; model, data and what checks before the first step
+left behind are in it. `plain` is the plainest loop of the framework: the yardstick `non_private` is ours, and this row shows that it
+is not slow. Rows with `memory` in the column `performance.prefer` give up speed for memory. Peers run in their exact modes, on the
+same model and batch.
 
 """
 

@@ -89,7 +89,7 @@ def show_measurement(case: Case, row: Mapping[str, Any], number: int, count: int
     """Print one measurement of a comparison as it comes."""
     name = ", ".join([case.backend, case.model, str(case.shape), f"batch {case.batch}", case.strategy])
     texts = {
-        "ratio": "time ratio {:.2f}", "seconds": "{:.4f} s", "peak_mib": "peak {:,.0f} MiB above rest",
+        "ratio": "time ratio {:.2f}", "seconds": "{:.4f} s", "total_mib": "peak {:,.0f} MiB",
         "largest_batch": "largest batch {:,}", "unsupported": "unsupported: {}", "failed": "failed: {}",
     }  # fmt: skip
     found = [text.format(row[key]) for key, text in texts.items() if row.get(key) is not None]

@@ -214,6 +214,9 @@ def find_units(model: Any, training: bool = False) -> list[Unit]:
     return units
 
 
+Sink = Callable[[Call], Iterable[Tensor] | None]
+
+
 class Tap:
     """Records the calls of units during one forward pass, and hands over their cotangents during one backward pass.
 
@@ -244,8 +247,7 @@ class Tap:
         self._covered: list[tuple[Any, Any]] = []
         self._frames: list[Frame | None] = []  # of the bare unit whose call runs; None inside of a layer below it
         self._count: dict[str, int] = {}
-        self._sink: Callable[[Call], Iterable[Tensor] | None] = lambda call: None
-        self._waiting: dict[int, Call] = {}  # for their cotangents, by position in ``calls``
+        self._arrivals = Arrivals(batch)
 
     def __enter__(self) -> Tap:
         for tape in (self.tape, self.second):
@@ -369,7 +371,7 @@ class Tap:
             if activation is not None:
                 own["activation"] = activation
         source = self._watched(z)
-        watched = self._gate(source, len(self.calls))
+        watched = self._arrivals.gate(source, len(self.calls))
         done.outputs, done.tape, done.own_output = [source], inner, z
         self.calls.append(done)
         return watched if activation is None else activation(watched)
@@ -387,19 +389,54 @@ class Tap:
         self.tape.watch(watched)
         return watched
 
-    def _gate(self, z: Tensor, index: int) -> Tensor:
-        """The same value; its cotangent is handed over as it appears, and goes on to earlier layers when what was made of it is done.
+    def backward(self, losses: Tensor, seed: Tensor, sink: Sink) -> None:
+        """One backward pass from the losses to the tapped outputs, which computes no gradient of any parameter.
+
+        Args:
+            losses: per-example losses, computed inside the tap.
+            seed: their cotangent.
+            sink: called with each call whose cotangents are known; it must not keep the call. It returns what is to be computed before
+                the pass goes on.
+        """
+        sources, arrivals = [call.outputs for call in self.calls], self._arrivals
+        arrivals.sink, arrivals.waiting, self.calls = sink, dict(enumerate(self.calls)), []
+        gradients = self.tape.gradient(losses, sources, seed)
+        if all(g is None for gs in gradients for g in gs):
+            raise UnsupportedModelError(["the loss depends on no trainable parameter, so nothing would be trained; unfreeze a layer."])
+        for index in sorted(arrivals.waiting, reverse=True):
+            arrivals.deliver(arrivals.waiting.pop(index), gradients[index])
+            gradients[index] = []
+
+
+class Arrivals:
+    """Hands over cotangents as the backward pass brings them.
+
+    Apart from ``Tap``, since a tape keeps what is called in its backward pass, and a tap its tape: Python could not see that circle, and
+    what the tape recorded would never be freed.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.sink: Sink = lambda call: None
+        self.waiting: dict[int, Call] = {}  # for their cotangents, by position in ``Tap.calls``
+
+    def gate(self, z: Tensor, index: int) -> Tensor:
+        """The same value; its cotangent goes on to earlier layers when what is made of it here is done.
 
         In a graph nothing else would order the two, and the per-sample gradients of all layers would stand in memory at once.
+
+        Args:
+            z: the output of a call.
+            index: position of the call.
         """
 
         @tf.custom_gradient
         def gate(x: Tensor) -> tuple[Tensor, Callable[[Any], Tensor]]:
             def arrive(g: Any) -> Tensor:
-                g, call = tf.convert_to_tensor(g), self._waiting.pop(index, None)
+                g, call = tf.convert_to_tensor(g), self.waiting.pop(index, None)
                 if call is None:  # in a second backward pass
                     return g
-                with tf.control_dependencies(self._deliver(call, [g])):
+                with tf.control_dependencies(self.deliver(call, [g])):
                     return tf.identity(g)
 
             return tf.identity(x), arrive
@@ -409,32 +446,14 @@ class Tap:
             gated._keras_mask = z._keras_mask
         return gated
 
-    def _deliver(self, call: Call, cotangents: list[Any]) -> list[Tensor]:
+    def deliver(self, call: Call, cotangents: list[Any]) -> list[Tensor]:
         """Hand over one call; returns what the backward pass is to wait for."""
         call.cotangents = [None if g is None else tf.convert_to_tensor(g) for g in cotangents]
         for g in call.cotangents:
             if g is not None and (g.shape.rank == 0 or fold_of(g, self.batch) == 0):
                 raise UnsupportedModelError([no_batch_axis(call.unit, tuple(g.shape), self.batch)])
         call.outputs = []
-        return list(self._sink(call) or ()) if any(g is not None for g in call.cotangents) else []
-
-    def backward(self, losses: Tensor, seed: Tensor, sink: Callable[[Call], Iterable[Tensor] | None]) -> None:
-        """One backward pass from the losses to the tapped outputs, which computes no gradient of any parameter.
-
-        Args:
-            losses: per-example losses, computed inside the tap.
-            seed: their cotangent.
-            sink: called with each call whose cotangents are known; it must not keep the call. It returns what is to be computed before
-                the pass goes on.
-        """
-        sources = [call.outputs for call in self.calls]
-        self._sink, self._waiting, self.calls = sink, dict(enumerate(self.calls)), []
-        gradients = self.tape.gradient(losses, sources, seed)
-        if all(g is None for gs in gradients for g in gs):
-            raise UnsupportedModelError(["the loss depends on no trainable parameter, so nothing would be trained; unfreeze a layer."])
-        for index in sorted(self._waiting, reverse=True):
-            self._deliver(self._waiting.pop(index), gradients[index])
-            gradients[index] = []
+        return list(self.sink(call) or ()) if any(g is not None for g in call.cotangents) else []
 
 
 def no_batch_axis(unit: Unit, shape: tuple[int, ...], batch: int) -> str:

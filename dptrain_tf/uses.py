@@ -262,9 +262,11 @@ class ConvUse(Use):
 
     def contract(self, g: Tensor, out: str) -> Tensor:
         """``out = "b"``: per-sample gradients for the cotangents ``g``; ``out = ""``: their sum."""
-        g, padded, taps = self.grouped(g), self.padded(), []
+        taps: list[Any] = []
+        g, padded = self.grouped(g), self.padded()
         for where in self.offsets():
-            x = self.grouped(padded[(slice(None), *where)])
+            with tf.control_dependencies(taps[-1:]):  # one slice at a time stands in memory
+                x = self.grouped(padded[(slice(None), *where)])
             if self.groups == 1 and out:
                 taps.append(tf.matmul(x, g, transpose_a=True))  # [B, C, p]
             elif self.groups == 1:
@@ -294,7 +296,9 @@ class ConvUse(Use):
         gram_x = tf.reshape(tf.matmul(rows(one_x), rows(two_x), transpose_b=True), [b * k, *s, *s2])
         total: Any = 0
         for one, two in zip(self.offsets(), other.offsets(), strict=True):  # math.md section 2: shifted copies
-            total = total + gram_x[(slice(None), *one, *two)]
+            with tf.control_dependencies([total] if tf.is_tensor(total) else []):
+                shifted = gram_x[(slice(None), *one, *two)]
+            total = total + shifted
         return total, tf.reshape(tf.matmul(rows(self.g), rows(other.g), transpose_b=True), [b * k, *t, *t2])
 
     def inner(self, other: Use) -> Tensor | None:

@@ -1,7 +1,9 @@
 """One measurement, in a process of its own: reads a case from standard input and prints one line of JSON.
 
 Time: pairs of a non-private and a private step, alternating, so that the machine's mood cancels; all that training does after the
-batch is drawn: transfer, sum, noise, update, projection. Memory: the step alone in the process, above what rested there before.
+batch is drawn: transfer, sum, noise, update, projection. Memory: the step alone in the process, above the framework without a model;
+what was freed while the model was built may stay with an allocator and serve the step, so a mark taken later would hide a part of
+the peak.
 """
 
 from __future__ import annotations
@@ -204,13 +206,15 @@ def measure_time(case: Case) -> dict[str, Any]:
 
 
 def measure_memory(case: Case, limit: int | None = None) -> dict[str, Any]:
-    """Peak of the step above the resting process.
+    """Peak of the process during steps.
 
     Args:
         case: the case.
         limit: bytes above the process with the framework loaded and no model, beyond which the process ends itself.
     Returns:
-        ``rest_mib`` before the first step, ``peak_mib`` above it, ``model_mib`` what building added, ``total_mib`` their sum.
+        ``total_mib``: the peak, above the process with the framework loaded and no model; ``model_mib`` of it were there before the
+        first step and ``peak_mib`` came with the steps. ``rest_mib``: the process before the first step; ``step_mib``: the peak above
+        the warm process.
     """
     from dptrain.backend import get_backend
     from dptrain.comparison.memory import end_above, meter

@@ -35,7 +35,7 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     plain = {identity(r)[:-1]: r for r in found.values() if r["strategy"] == NON_PRIVATE}
     for key, row in found.items():
         base = plain.get(key[:-1], {})
-        for name, ratio in (("peak_mib", "memory_ratio"), ("step_mib", "step_memory_ratio"), ("largest_batch", "batch_ratio")):
+        for name, ratio in (("total_mib", "memory_ratio"), ("largest_batch", "batch_ratio")):
             if row.get(name) is not None and base.get(name):
                 row[ratio] = row[name] / base[name]
         if row["strategy"] == NON_PRIVATE:
@@ -63,7 +63,7 @@ def cells(row: Row, sweeps: Sequence[str], kinds: Sequence[str]) -> list[str]:
         spread = f" ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if "ratio_low" in row else ""
         texts += [number("seconds", "{:.1f}", 1e3), number("ratio", "{:.2f}") + spread]
     if "memory" in kinds:
-        texts += [number("peak_mib", "{:,.0f}"), number("memory_ratio", "{:.2f}")]
+        texts += [number("total_mib", "{:,.0f}"), number("memory_ratio", "{:.2f}")]
     if "largest" in kinds:
         texts += [number("largest_batch", "{:,}"), number("batch_ratio", "{:.2f}")]
     return [*texts, problem]
@@ -73,7 +73,7 @@ def header(sweeps: Sequence[str], kinds: Sequence[str]) -> list[str]:
     """The titles of the columns."""
     titles = [*COLUMNS, *sweeps]
     titles += ["step, ms", "time ratio (quartiles)"] if "time" in kinds else []
-    titles += ["peak above rest, MiB", "memory ratio"] if "memory" in kinds else []
+    titles += ["peak memory, MiB", "memory ratio"] if "memory" in kinds else []
     titles += ["largest batch", "batch ratio"] if "largest" in kinds else []
     return [*titles, "note"]
 
@@ -95,7 +95,7 @@ def origin(rows: Sequence[Row]) -> str:
     return (
         f"{'; '.join(devices) or 'no measurement'}; {', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}; "
         f"{' or '.join(map(str, threads))} threads. Ratios are to non_private in the same run: medians of interleaved pairs for time, "
-        "peak above the resting process for memory."
+        "peak during steps above the process that has loaded the framework and no model for memory."
     )
 
 
@@ -150,7 +150,7 @@ def swept_axis(rows: Sequence[Row]) -> str | None:
 def draw_points(ax: Any, rows: Sequence[Row], _: str | None) -> None:
     """Time ratio across, memory ratio up; nearer to (1, 1) is better."""
     for row in rows:
-        across, up = row.get("ratio"), row.get("memory_ratio", row.get("step_memory_ratio"))
+        across, up = row.get("ratio"), row.get("memory_ratio")
         if across is None or up is None:
             continue
         ax.scatter(across, up, marker="*" if row["strategy"] == NON_PRIVATE else "o")
