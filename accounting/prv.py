@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from accounting.accountant import NeighboringRelation, check_relation
@@ -126,6 +127,9 @@ class PRVAccountant:
         pairs = normalise(events)
         if not pairs:
             return Detail(0.0, 0.0, 0.0, 0.0, "none", 0.0)
+        return _detail_of(self.relation, pairs, delta, certify)
+
+    def _compute(self, pairs: Pairs, delta: float, certify: bool) -> Detail:
         rdp = self._rdp.epsilon(pairs, delta)
         mu, sampled = _split(pairs)
         if not sampled:
@@ -237,6 +241,12 @@ class PRVAccountant:
                 return None
             results.append((value, interval))
         return max(results)
+
+
+@lru_cache(maxsize=4096)
+def _detail_of(relation: NeighboringRelation, pairs: Pairs, delta: float, certify: bool) -> Detail:
+    """A pure function of its arguments: a calibration, its check and the printed epsilon ask for the same values."""
+    return PRVAccountant(relation)._compute(pairs, delta, certify)
 
 
 def _split(pairs: Pairs) -> tuple[float, Pairs]:

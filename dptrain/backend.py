@@ -67,6 +67,10 @@ class Backend(Protocol):
         """Seconds per layer and norm method, for ``decision: measured``."""
         ...
 
+    def product_rate(self) -> float:
+        """Multiply-adds per second of a batched matrix product on the device, which predictions of time are made with."""
+        ...
+
     def attained(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray, plan: Plan) -> Mapping[str, tuple[float, float]]:
         """Group -> largest per-sample gradient norm on a batch, and the plan's bound, for plans with proven bounds."""
         ...

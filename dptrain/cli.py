@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # panels around the help cost a third of the start-up
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -82,6 +83,7 @@ def plan(
     from dptrain.config import TrainConfig
     from dptrain.errors import ConfigError
     from dptrain.mechanism import GaussianMechanism, release_event
+    from dptrain.predict import predicted
     from dptrain.tables import plan_table, render
     from dptrain.trainer import noise_multiplier, prepare
 
@@ -99,6 +101,8 @@ def plan(
             raise ConfigError(f"--tightness attacks proven bounds, and strategy {setup.plan.strategy} enforces its bound; use clipless.")
         found = setup.backend.tightness(setup.model, setup.data.x_train[:1], setup.plan)
     typer.echo(render(plan_table(setup.plan, stds, found)))
+    if setup.plan.loss_clip is None:  # what a projection costs is not modelled
+        typer.echo(str(predicted(setup)))
     typer.echo(f"N = {len(setup.data.x_train)}, sample rate {setup.sample_rate:.6g}, {setup.num_steps} steps")
     if stds is not None:
         event = release_event(setup.plan, stds, setup.sample_rate, loaded.privacy.relation)

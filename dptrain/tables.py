@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dptrain.plan import Plan
+    from dptrain.predict import Prediction
 
 
 def plan_table(plan: Plan, stds: Mapping[str, float] | None = None, attained: Mapping[str, tuple[float, float]] | None = None) -> Any:
@@ -48,6 +49,34 @@ def plan_table(plan: Plan, stds: Mapping[str, float] | None = None, attained: Ma
         table.add_row(*row)
     total = sum(layer.num_params for layer in plan.layers)
     table.caption = f"{len(plan.layers)} layers, {total:,} trainable parameters, {len(plan.groups)} group(s)"
+    return table
+
+
+def cost_table(found: Prediction) -> Any:
+    """Predicted time and memory per layer and norm method as a rich table; the plan's methods have a star.
+
+    Args:
+        found: the prediction.
+    Returns:
+        A ``rich.table.Table``.
+    """
+    from rich.table import Table
+
+    table = Table(title=f"predicted for a physical batch of {found.batch}: not a promise, see dptrain compare", title_justify="left")
+    table.add_column("layer")
+    ways = [way for way in ("ghost", "instantiate") if any(way in layer.seconds for layer in found.layers)]
+    for name in ("plain ms", *(f"{way} ms" for way in ways), "plain MiB", *(f"{way} MiB" for way in ways)):
+        table.add_column(name, justify="right")
+
+    def cell(values: Mapping[Any, float], way: str, scale: float, chosen: str) -> str:
+        return f"{values[way] * scale:,.2f}{'*' if way == chosen else ' '}" if way in values else ""
+
+    for layer in found.layers:
+        row = [layer.name, f"{layer.plain_seconds * 1e3:,.2f}", *(cell(layer.seconds, way, 1e3, layer.method) for way in ways)]
+        row += [f"{layer.plain_bytes / 2**20:,.2f}", *(cell(layer.bytes, way, 2**-20, layer.method) for way in ways)]
+        table.add_row(*row)
+    step = f"a step {found.seconds * 1e3:,.0f} ms, {found.ratio:.2f} times a plain one; "
+    table.caption = step + f"peak memory {found.bytes / 2**20:,.0f} MiB, {found.memory_ratio:.2f} times the plain one"
     return table
 
 

@@ -92,6 +92,9 @@ class TensorFlowBackend:
     def time_norms(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, dict[str, float]]:
         return measure.time_norms(model, loss, self.batch(x, y, np.ones(len(x), bool)))
 
+    def product_rate(self) -> float:
+        return measure.product_rate()
+
     def attained(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
         return engine.attained(model, loss, self.tensor(x), self.tensor(y), plan)
 

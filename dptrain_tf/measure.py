@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from dptrain.predict import PRODUCT, work_of
 from dptrain_tf.describe import describe
 from dptrain_tf.gradients import Batch, Loss, batch_size, call_model, call_uses, example_losses
 from dptrain_tf.hooks import Call, Tap, find_units, layouts_of
@@ -35,6 +36,16 @@ def instantiate_way(use: Use, w: Any) -> Any:
     """Per-sample gradient, its norm, and the weighted sum that reuses it."""
     gradient = use.instantiate()
     return square_sum(gradient), tf.tensordot(w, gradient, 1)
+
+
+def product_rate() -> float:
+    """Multiply-adds per second of the product that Gram matrices are made with.
+
+    Returns:
+        The rate.
+    """
+    x = tf.ones(PRODUCT)
+    return work_of(PRODUCT) / seconds(lambda: tf.reduce_sum(tf.matmul(x, x, transpose_b=True)), repeats=5)
 
 
 def time_norms(model: Any, loss: Loss, batch: Batch) -> dict[str, dict[str, float]]:

@@ -82,6 +82,9 @@ class TorchBackend:
     def time_norms(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, dict[str, float]]:
         return measure.time_norms(model, loss, self.batch(x, y, np.ones(len(x), bool)))
 
+    def product_rate(self) -> float:
+        return measure.product_rate(self.device, self.dtype)
+
     def attained(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> dict[str, tuple[float, float]]:
         return engine.attained(model, loss, self.tensor(x), self.tensor(y), plan)
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dptrain.predict import PRODUCT, work_of
 from dptrain_torch.bare import BareCall
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Loss, batch_size, call_model, call_uses, example_losses
@@ -40,6 +41,19 @@ def instantiate_way(use: Use, w: Tensor) -> None:
     gradient = use.instantiate()
     square_sum(gradient)
     weighted(gradient, w)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds per second of the product that Gram matrices are made with.
+
+    Args:
+        device: where to measure.
+        dtype: numbers to multiply.
+    Returns:
+        The rate.
+    """
+    x = torch.ones(*PRODUCT, device=device, dtype=dtype)
+    return work_of(PRODUCT) / seconds(lambda: torch.bmm(x, x.transpose(1, 2)), device, repeats=5)
 
 
 def time_norms(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dptrain.comparison.cases import NON_PRIVATE, Case, Shape, resolve
 from dptrain.errors import DptrainError
@@ -108,14 +108,22 @@ def load(name: str) -> Any:
         raise DptrainError(f"{name} cannot be loaded: {error}.") from None
 
 
-def build(case: Case, strategy: str) -> tuple[Step, Any]:
-    """A step over one physical batch, and the backend.
+class Built(NamedTuple):
+    """A step over one physical batch, which returns when the device has finished; the backend; of ours, the parts of the run."""
+
+    step: Step
+    backend: Any
+    setup: Any = None
+
+
+def build(case: Case, strategy: str) -> Built:
+    """A step over one physical batch, and what it was built of.
 
     Args:
         case: the case.
         strategy: ours by name, or ``module:function``.
     Returns:
-        The step, which returns when the device has finished; the backend.
+        The step and its parts.
     """
     from dptrain.config import TrainConfig
 
@@ -128,7 +136,7 @@ def build(case: Case, strategy: str) -> tuple[Step, Any]:
     return our_step(case, config, data)
 
 
-def our_step(case: Case, config: Any, data: Any) -> tuple[Step, Any]:
+def our_step(case: Case, config: Any, data: Any) -> Built:
     """A step of ours."""
     from accounting import PrivacyLedger
     from dptrain.inforce import PlanInForce
@@ -159,10 +167,10 @@ def our_step(case: Case, config: Any, data: Any) -> tuple[Step, Any]:
         step(next(count))
         setup.backend.synchronize()
 
-    return run, setup.backend
+    return Built(run, setup.backend, setup)
 
 
-def peer_step(case: Case, raw: Any, config: Any, data: Any, make: Callable[[Bench], Step]) -> tuple[Step, Any]:
+def peer_step(case: Case, raw: Any, config: Any, data: Any, make: Callable[[Bench], Step]) -> Built:
     """A step of someone else's, on the same model and data."""
     from dptrain.setup import assemble
 
@@ -176,7 +184,7 @@ def peer_step(case: Case, raw: Any, config: Any, data: Any, make: Callable[[Benc
         step()
         parts.backend.synchronize()
 
-    return run, parts.backend
+    return Built(run, parts.backend)
 
 
 def timed(step: Step) -> float:
@@ -188,8 +196,8 @@ def timed(step: Step) -> float:
 
 def measure_time(case: Case) -> dict[str, Any]:
     """Interleaved pairs of the plain and the private step."""
-    plain, _ = build(case, NON_PRIVATE)
-    private, _ = build(case, case.strategy)
+    plain = build(case, NON_PRIVATE).step
+    private, _, setup = build(case, case.strategy)
     for _ in range(case.settings.warmup):
         plain(), private()
     pairs = [(timed(plain), timed(private)) for _ in range(case.settings.pairs)]
@@ -202,6 +210,22 @@ def measure_time(case: Case) -> dict[str, Any]:
         "ratio_low": low,
         "ratio_high": high,
         "examples_per_second": case.batch / statistics.median(b for _, b in pairs),
+        **prediction(setup, case.batch),
+    }
+
+
+def prediction(setup: Any, batch: int) -> dict[str, float]:
+    """What ``dptrain/predict.py`` says of a step of ours that clips: figures to be compared with the measured ones."""
+    from dptrain.predict import predicted
+
+    if setup is None or not setup.plan.needs_norms:
+        return {}
+    found = predicted(setup, batch)
+    return {
+        "predicted_seconds": found.seconds,
+        "predicted_ratio": found.ratio,
+        "predicted_mib": found.bytes / MIB,
+        "predicted_memory_ratio": found.memory_ratio,
     }
 
 
@@ -226,7 +250,7 @@ def measure_memory(case: Case, limit: int | None = None) -> dict[str, Any]:
     empty = scale.now()
     if limit is not None:
         end_above(empty + limit, scale)
-    step, backend = build(case, case.strategy)
+    step = build(case, case.strategy).step
     before = scale.now()
     # The first steps trace, compile and fill caches that stay; what they leave counts as the step's, what they needed meanwhile does not.
     for _ in range(2 if limit is None else 1):

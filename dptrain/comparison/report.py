@@ -61,9 +61,9 @@ def cells(row: Row, sweeps: Sequence[str], kinds: Sequence[str]) -> list[str]:
 
     if "time" in kinds:
         spread = f" ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if "ratio_low" in row else ""
-        texts += [number("seconds", "{:.1f}", 1e3), number("ratio", "{:.2f}") + spread]
+        texts += [number("seconds", "{:.1f}", 1e3), number("ratio", "{:.2f}") + spread, number("predicted_ratio", "{:.2f}")]
     if "memory" in kinds:
-        texts += [number("total_mib", "{:,.0f}"), number("memory_ratio", "{:.2f}")]
+        texts += [number("total_mib", "{:,.0f}"), number("memory_ratio", "{:.2f}"), number("predicted_memory_ratio", "{:.2f}")]
     if "largest" in kinds:
         texts += [number("largest_batch", "{:,}"), number("batch_ratio", "{:.2f}")]
     return [*texts, problem]
@@ -72,8 +72,8 @@ def cells(row: Row, sweeps: Sequence[str], kinds: Sequence[str]) -> list[str]:
 def header(sweeps: Sequence[str], kinds: Sequence[str]) -> list[str]:
     """The titles of the columns."""
     titles = [*COLUMNS, *sweeps]
-    titles += ["step, ms", "time ratio (quartiles)"] if "time" in kinds else []
-    titles += ["peak memory, MiB", "memory ratio"] if "memory" in kinds else []
+    titles += ["step, ms", "time ratio (quartiles)", "predicted"] if "time" in kinds else []
+    titles += ["peak memory, MiB", "memory ratio", "predicted memory"] if "memory" in kinds else []
     titles += ["largest batch", "batch ratio"] if "largest" in kinds else []
     return [*titles, "note"]
 

@@ -112,6 +112,15 @@ def test_registry():
             get_accountant("rdp", relation)
 
 
+def test_an_epsilon_is_computed_once():
+    events = [(SampledGaussian(1.3, 0.01), 321)]
+    first = get_accountant("prv").detail(events, 1e-5)
+    assert get_accountant("prv").detail([(SampledGaussian(1.3, 0.01), 300), (SampledGaussian(1.3, 0.01), 21)], 1e-5) is first
+    others = [get_accountant("prv").detail(events, 2e-5), get_accountant("prv", "replace_one").detail(events, 1e-5)]
+    others.append(get_accountant("prv").detail([(SampledGaussian(1.3, 0.01), 322)], 1e-5))
+    assert len({first.epsilon, *(other.epsilon for other in others)}) == 4
+
+
 def test_import_is_light():
     code = (
         "import sys, accounting;"

@@ -191,6 +191,40 @@ def test_every_command_has_its_flags(run, name, flags):
         assert flag in out
 
 
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        (["--help"], {"numpy", "dptrain.config", "rich", "scipy", "matplotlib", "torch", "tensorflow", "keras"}),
+        (["train", "--help"], {"numpy", "dptrain.config", "rich", "scipy", "matplotlib", "torch", "tensorflow", "keras"}),
+        (["epsilon", *NUMBERS], {"dptrain.config", "matplotlib", "torch", "tensorflow", "keras"}),
+    ],
+)
+def test_a_command_loads_only_what_it_needs(words, heavy):
+    code = (
+        "import sys; from dptrain.cli import main\n"
+        f"sys.argv = ['dptrain', *{words!r}]\n"
+        "try: main()\n"
+        f"except SystemExit as stop: print(); print('loaded', sorted({heavy!r} & set(sys.modules)), stop.code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded [] 0"
+
+
+def test_public_names_load_at_first_use_and_a_module_does_not_take_the_place_of_a_function():
+    code = (
+        "import dptrain.plan, dptrain, types\n"
+        "assert callable(dptrain.plan) and dptrain.plan.__module__ == 'dptrain.trainer'\n"
+        "from dptrain.plan import Plan\n"
+        "assert dptrain.Plan is Plan and set(dptrain.__all__) <= set(dir(dptrain))\n"
+        "assert all(not isinstance(getattr(dptrain, name), types.ModuleType) for name in dptrain.__all__)\n"
+        "import importlib; importlib.import_module('dptrain.plan'); assert callable(dptrain.plan)\n"
+        "try: dptrain.nothing\n"
+        "except AttributeError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "module 'dptrain' has no attribute 'nothing'"
+
+
 def test_schema_is_the_schema(run):
     code, out, err = run("schema")
     assert (code, err) == (0, "")
@@ -229,7 +263,19 @@ def test_doctor_sees_the_real_torch(run):
 def test_plan_shows_every_layer_the_noise_and_epsilon_without_training(run, config_file):
     code, out, err = run("plan", config_file.name, "--set", "strategy.grouping=per_layer")
     assert (code, err) == (0, "")
-    for word in ("fc1", "head", "noise std", "N = 60, sample rate 0.2, 4 steps", "epsilon = ", "delta = 1e-05", "accountant rdp"):
+    for word in (
+        "fc1",
+        "head",
+        "noise std",
+        "N = 60, sample rate 0.2, 4 steps",
+        "epsilon = ",
+        "delta = 1e-05",
+        "accountant rdp",
+        "predicted for a physical batch of 128",
+        "instantiate ms",
+        "times a plain one",
+        "times the plain one",
+    ):
         assert word in out
     assert sorted(os.listdir()) == ["data.npz", "run.yaml"]
     code, out, _ = run("plan", config_file.name, "--set", "strategy=non_private")

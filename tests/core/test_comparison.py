@@ -215,6 +215,8 @@ def test_a_measurement_in_a_process_of_its_own(backend: str, tmp_path) -> None:
     assert rows["mixed_ghost"]["ratio"] > 0
     assert rows["mixed_ghost"]["seconds"] > 0
     assert rows["mixed_ghost"]["model_mib"] > 24
+    assert rows["mixed_ghost"]["predicted_ratio"] > 1 and rows["mixed_ghost"]["predicted_seconds"] > 0
+    assert rows["mixed_ghost"]["predicted_mib"] > 48 and "predicted memory" in found.markdown()
     assert rows["non_private"]["total_mib"] > 48
     assert rows["mixed_ghost"]["total_mib"] > 48
     assert rows["mixed_ghost"]["memory_ratio"] == rows["mixed_ghost"]["total_mib"] / rows["non_private"]["total_mib"]

@@ -1,0 +1,201 @@
+"""What a step will cost: time and memory per layer and norm method, from the facts of a plan and one measured rate.
+
+A model of arithmetic and of what is kept, not a promise: layers without parameters (activations, attention products, pooling) are not in
+a plan, so they enter by an average only, and what allocators and kernels take for themselves does not enter at all. ``dptrain compare``
+prints the prediction beside what it measured.
+Nothing here touches a guarantee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dptrain.costs import MEMORY_COST, SUM_COST, Method, ghost_cost, gradient_size, has_ghost_norm, instantiate_cost
+from dptrain.info import CONV, EMBEDDING, LINEAR, LayerInfo
+from dptrain.plan import Plan
+
+if TYPE_CHECKING:
+    from dptrain.setup import Setup
+
+# Fitted to steps of torch on two cores (small VGG, ResNet-18, a transformer, a BERT-like network; docs/benchmarks.md), in multiply-adds
+# of a batched product: a native product of plain training; passes over a layer's input and output, which also stand for the
+# operations without parameters around it; norms against their bare arithmetic, since their kernels are many and small.
+PASS_COST, PASSES, NORM_COST = 1.0, 12, 1.35
+# Per parameter and step, in multiply-adds: an optimizer reads and writes a few arrays; a Gaussian value of the counter-based
+# generator takes a logarithm, a root, a sine and a cosine.
+UPDATE_COST, NOISE_COST = 4 * MEMORY_COST, 100.0
+PRODUCT = (32, 256, 512)  # [B, T, D] of the product whose rate is measured
+
+
+def work_of(shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of the Gram matrices of ``[B, T, D]``."""
+    return shape[0] * shape[1] ** 2 * shape[2]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer is predicted to take in a step.
+
+    Args:
+        name: the layer.
+        method: the norm method of the plan.
+        plain_seconds: forward pass, cotangent and weight gradient of plain training.
+        seconds: norm method -> the same with the norm, and the weighted sum in place of the gradient; only methods that exist.
+        plain_bytes: what the forward pass keeps for the backward pass.
+        bytes: norm method -> what is kept from the backward pass until the weighted sum, the norm's own matrices included.
+    """
+
+    name: str
+    method: Method
+    plain_seconds: float
+    seconds: Mapping[Method, float]
+    plain_bytes: float
+    bytes: Mapping[Method, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step over one physical batch is predicted to take.
+
+    Args:
+        layers: per layer, in the order of the forward pass.
+        plain_seconds: a step of plain training.
+        seconds: a step of the plan.
+        plain_bytes: peak memory of plain training above the framework: weights, gradients, activations.
+        bytes: peak memory of the plan.
+        batch: B, examples in the physical batch.
+    """
+
+    layers: tuple[LayerCost, ...]
+    plain_seconds: float
+    seconds: float
+    plain_bytes: float
+    bytes: float
+    batch: int
+
+    @property
+    def ratio(self) -> float:
+        """Time of the plan over plain time."""
+        return self.seconds / self.plain_seconds
+
+    @property
+    def memory_ratio(self) -> float:
+        """Memory of the plan over plain memory."""
+        return self.bytes / self.plain_bytes
+
+    def __str__(self) -> str:
+        from dptrain.tables import cost_table, render
+
+        return render(cost_table(self))
+
+
+def numbers_in(layer: LayerInfo) -> int:
+    """Floats of one example's input of a layer, all calls together; ids of an embedding count as nothing."""
+    if layer.kind == EMBEDDING:
+        return 0
+    if layer.kind == CONV:
+        return layer.attr("padded", layer.positions) * layer.attr("channels", layer.fan_in) * layer.attr("groups", 1)
+    return layer.positions * (layer.fan_in if layer.kind == LINEAR else layer.fan_out)
+
+
+def plain_cost(layer: LayerInfo) -> float:
+    """Work per example of forward pass, cotangent and weight gradient, in multiply-adds."""
+    traffic = MEMORY_COST * PASSES * (numbers_in(layer) + layer.positions * layer.fan_out)
+    products = 3 * PASS_COST * layer.positions * gradient_size(layer) if layer.kind in (LINEAR, CONV) else 0.0
+    return products + traffic
+
+
+def norm_cost(layer: LayerInfo, method: Method) -> float:
+    """Work per example of a norm and of the weighted sum, in place of the weight gradient of plain training."""
+    if method == "none":
+        return 0.0
+    if layer.kind == EMBEDDING:  # the Gram matrix of cotangents, masked by equal ids; the sum is a scatter, as in plain training
+        gram = layer.positions**2 * (layer.fan_out + 3 * MEMORY_COST)
+        return NORM_COST * (gram if method == "ghost" else instantiate_cost(layer))
+    if layer.kind not in (LINEAR, CONV):
+        return NORM_COST * 2 * MEMORY_COST * layer.positions * layer.fan_out
+    way = ghost_cost(layer) if method == "ghost" else instantiate_cost(layer)
+    return NORM_COST * (way - SUM_COST * layer.positions * gradient_size(layer))
+
+
+def kept(layer: LayerInfo, method: Method) -> int:
+    """Floats per example that live from a layer's backward pass until the weighted sum."""
+    outputs = layer.positions * layer.fan_out
+    if method == "none":
+        return 0
+    if method == "ghost":
+        return numbers_in(layer) + outputs
+    return gradient_size(layer) if layer.kind in (LINEAR, CONV, EMBEDDING) else layer.num_params
+
+
+def scratch(layer: LayerInfo, method: Method) -> int:
+    """Floats per example of a norm's own matrices, freed with the norm."""
+    return 2 * layer.attr("groups", 1) * layer.positions**2 if method == "ghost" and layer.positions > 1 else 0
+
+
+def methods(layer: LayerInfo, chosen: Method) -> tuple[Method, ...]:
+    """The norm methods that a layer has."""
+    if chosen == "none":
+        return ("none",)
+    return ("ghost", "instantiate") if has_ghost_norm(layer) else ("instantiate",)
+
+
+def predict(plan: Plan, batch: int, rate: float, *, two_pass: bool = False, float_bytes: int = 4) -> Prediction:
+    """The predicted cost of a step over one physical batch.
+
+    Args:
+        plan: a plan of a clipping strategy or of plain training.
+        batch: B, examples in the physical batch.
+        rate: multiply-adds per second of a batched matrix product, as ``backend.product_rate()`` measures it.
+        two_pass: whether the sum is taken in a second backward pass.
+        float_bytes: bytes of a number.
+    Returns:
+        The prediction.
+    """
+    layers = tuple(layer_cost(layer, plan.norms[layer.name], batch, rate, float_bytes) for layer in plan.layers)
+    parameters = sum(layer.num_params for layer in plan.layers)
+    private = plan.needs_norms
+    plain = sum(cost.plain_seconds for cost in layers) + UPDATE_COST * parameters / rate
+    ours = sum(cost.seconds[cost.method] for cost in layers) + (UPDATE_COST + NOISE_COST * private) * parameters / rate
+    if two_pass and private:  # the second pass computes the cotangents again
+        ours += sum(2 / 3 * cost.plain_seconds for cost in layers)
+    stored = float_bytes * 2 * parameters + sum(cost.plain_bytes for cost in layers)
+    return Prediction(layers, plain, ours, stored, peak(plan, layers, batch, two_pass, float_bytes), batch)
+
+
+def layer_cost(layer: LayerInfo, method: Method, batch: int, rate: float, float_bytes: int) -> LayerCost:
+    """The prediction for one layer."""
+    plain = batch * plain_cost(layer) / rate
+    seconds = {way: plain + batch * norm_cost(layer, way) / rate for way in methods(layer, method)}
+    size = float_bytes * batch
+    held = {way: float(size * (kept(layer, way) + scratch(layer, way))) for way in methods(layer, method)}
+    return LayerCost(layer.name, method, plain, seconds, float(size * (numbers_in(layer) + layer.positions * layer.fan_out)), held)
+
+
+def peak(plan: Plan, layers: tuple[LayerCost, ...], batch: int, two_pass: bool, float_bytes: int) -> float:
+    """Bytes at the worst moment: the backward pass frees what the forward pass kept, layer by layer, and keeps what the sum needs."""
+    size, parameters = float_bytes * batch, sum(layer.num_params for layer in plan.layers)
+    waiting, held, worst = sum(cost.plain_bytes for cost in layers), 0.0, 0.0
+    for info, cost in zip(reversed(plan.layers), reversed(layers), strict=True):
+        worst = max(worst, waiting + held + cost.bytes[cost.method])
+        if not two_pass:  # a second pass needs all that was stored, and nothing else
+            waiting -= cost.plain_bytes
+            held += size * kept(info, cost.method)
+    return worst + float_bytes * (4 if plan.needs_norms else 2) * parameters  # weights, sums; noise, the noisy sum
+
+
+def predicted(setup: Setup, batch: int | None = None) -> Prediction:
+    """The prediction for what is about to be trained, at the rate of this machine.
+
+    Args:
+        setup: the parts of a run.
+        batch: physical batch; by default the config's.
+    Returns:
+        The prediction.
+    """
+    performance = setup.config.performance
+    size = 8 if performance.precision == "float64" else 4
+    rate = setup.backend.product_rate()
+    return predict(setup.plan, batch or performance.physical_batch_size, rate, two_pass=performance.two_pass, float_bytes=size)
