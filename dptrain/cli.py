@@ -41,12 +41,17 @@ def train(
     set_: Overrides = [],  # noqa: B006 - typer reads the default
     out: Annotated[Path | None, typer.Option(help="Run directory; resumes an unfinished run of the same config.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where a step goes; sets performance.compile=false, so steps take longer.")
+    ] = False,
 ) -> None:
     """Train a model; Ctrl-C leaves a run that the same command resumes."""
     from dptrain.config import TrainConfig
+    from dptrain.profiling import Profile
     from dptrain.progress import Display
 
-    loaded = TrainConfig.load(config, set_)
+    loaded = TrainConfig.load(config, [*set_, "performance.compile=false"] if profile else set_)
+    measured = Profile() if profile else None
     from dptrain.backend import preload
     from dptrain.trainer import train as run
 
@@ -54,11 +59,16 @@ def train(
     preload(backend, loaded.performance)
     try:
         with Display(loaded, backend, directory, quiet) as display:
-            result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start)
+            result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start, profile=measured)
         display.finish(result)
     except KeyboardInterrupt:
         print(f"dptrain: interrupted; the same command with --out {directory} resumes the run.", file=sys.stderr)
         raise typer.Exit(130) from None
+    if measured is not None:
+        from dptrain.checkpoint import write_json
+
+        write_json(directory / "profile.json", measured.figures())
+        typer.echo(str(measured))
     if not result.complete:
         raise typer.Exit(130)
 

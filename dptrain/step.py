@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from accounting import PrivacyLedger, SampledGaussian
+from dptrain import profiling
 from dptrain.backend import Backend
 from dptrain.inforce import PlanInForce
 from dptrain.plan import Plan
+from dptrain.profiling import phase
 from dptrain.randomness import RandomKey, StepNoise
 from dptrain.sampling import PoissonSampler, physical_batches, take
 
@@ -110,9 +112,12 @@ class Update:
             self.monitor({g.name: norms.get(g.name, 0.0) / (max(1, count) * g.norm_bound) for g in plan.gradient_groups})
         if self.release is not None:
             stds = moving.stds if moving else self.release.stds
-            total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step))
-        backend.apply(self.model, self.optimizer, total, 1.0 / self.expected_batch_size, learning_rate)
-        certificates = backend.project(self.model, plan)
+            with phase("noise"):
+                total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step))
+        with phase("update"):
+            backend.apply(self.model, self.optimizer, total, 1.0 / self.expected_batch_size, learning_rate)
+        with phase("projection"):
+            certificates = backend.project(self.model, plan)
         if moving:
             moving.after_step(certificates, backend.counts(total))
         return backend.stats(total)
@@ -171,14 +176,21 @@ class TrainingStep:
         Guarantee: the step is one Poisson-sampled Gaussian mechanism with the recorded event, under the plan's certificate.
         Source: math.md sections 1 and 6; Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1.
         """
+        with profiling.step():
+            return self._run(step)
+
+    def _run(self, step: int) -> dict[str, float]:
         backend, update = self.backend, self.update  # type: ignore[attr-defined]
         factor = (update.factor,) if self.in_force else ()
-        indices = self.sampler.sample(step)
-        update.record(step)
+        with phase("data"):
+            indices = self.sampler.sample(step)
+        with phase("ledger"):
+            update.record(step)
         backend.seed_dropout(self.model, self.seed, step)
         total = None
         for part, mask in physical_batches(indices, self.physical_batch_size):
-            batch = backend.batch(take(self.x, part), take(self.y, part), mask, *factor)
+            with phase("data"):
+                batch = backend.batch(take(self.x, part), take(self.y, part), mask, *factor)
             found = self._sum(batch)  # type: ignore[attr-defined]
             total = found if total is None else backend.add(total, found)
             del found

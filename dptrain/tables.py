@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dptrain.plan import Plan
     from dptrain.predict import Prediction
+    from dptrain.profiling import Profile
 
 
 def plan_table(plan: Plan, stds: Mapping[str, float] | None = None, attained: Mapping[str, tuple[float, float]] | None = None) -> Any:
@@ -77,6 +78,30 @@ def cost_table(found: Prediction) -> Any:
         table.add_row(*row)
     step = f"a step {found.seconds * 1e3:,.0f} ms, {found.ratio:.2f} times a plain one; "
     table.caption = step + f"peak memory {found.bytes / 2**20:,.0f} MiB, {found.memory_ratio:.2f} times the plain one"
+    return table
+
+
+def profile_table(profile: Profile) -> Any:
+    """Where a step went, as a rich table.
+
+    Args:
+        profile: what was measured.
+    Returns:
+        A ``rich.table.Table``.
+    """
+    from rich.table import Table
+
+    found = profile.figures()
+    spent = found["milliseconds"]
+    total = sum(spent.values())
+    table = Table(title="where a step goes (not private)", title_justify="left")
+    table.add_column("phase")
+    table.add_column("ms per step", justify="right")
+    table.add_column("share", justify="right")
+    for name, value in spent.items():
+        table.add_row(name, f"{value:,.2f}", f"{value / total:.1%}")
+    steps = f"mean of {found['steps']} steps, the first one left out" if found["steps"] else "too few steps: the first one is left out"
+    table.caption = f"{total:,.2f} ms per step, {steps}"
     return table
 
 

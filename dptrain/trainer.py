@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from dptrain.errors import ConfigError, RunError
 from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for, release_event
 from dptrain.plan import Plan
+from dptrain.profiling import Profile
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
 from dptrain.report import privacy_statement
 from dptrain.rundir import RunDirectory
@@ -105,6 +106,7 @@ def train(
     model: Any = None,
     progress: Callable[[Progress], None] | None = None,
     on_start: Callable[[Setup, Mapping[str, float] | None, int], None] | None = None,
+    profile: Profile | None = None,
 ) -> TrainResult:
     """Train a model with differential privacy.
 
@@ -116,6 +118,7 @@ def train(
         model: a native model in place of the config's: any torch module, or a Keras model that is built.
         progress: called after each step.
         on_start: called once with the parts, the noise standard deviations and the first step.
+        profile: filled with the time that each part of a step took; needs steps that are not compiled.
     Returns:
         The outcome, with the privacy statement.
     Raises:
@@ -124,11 +127,14 @@ def train(
     Guarantee: the trained weights, and every checkpoint, are post-processing of the releases in the ledger, from which alone the
         stated epsilon is computed.
     """
+    if profile is not None and config.performance.compile is not False and (backend == "tensorflow" or config.performance.compile is True):
+        raise ConfigError("A profile needs steps whose parts can be told apart; set performance.compile to false.")
     setup = prepare(config, backend, data, model)
     # Before the directory exists, so that a budget out of reach leaves nothing behind.
     sigma = noise_multiplier(config, setup.sample_rate, setup.num_steps) if setup.plan.private else None
     facts = {"num_examples": len(setup.data.x_train), "num_steps": setup.num_steps, "sample_rate": setup.sample_rate}
-    with RunDirectory(out, config, backend, facts) as run, interruptible() as stop:
+    measuring = profile.running(setup.backend.synchronize) if profile is not None else nullcontext()
+    with RunDirectory(out, config, backend, facts) as run, interruptible() as stop, measuring:
         return Loop(setup, run, stop, sigma).run(progress, on_start)
 
 

@@ -21,6 +21,7 @@ from tensorflow import Tensor
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
+from dptrain.profiling import phase
 from dptrain_tf.hooks import Call, Tap, Unit, find_units, layouts_of, trainable
 from dptrain_tf.lipschitz import LossGradientClip
 from dptrain_tf.rules import aligned, children, generic_uses
@@ -114,12 +115,13 @@ class Accumulator:
     def __call__(self, call: Call) -> list[Tensor]:
         """Take in one call; a parameter is finished when its last use has arrived. Returns the norms that this finished."""
         done = []
-        for name, use in call_uses(call).items():
-            uses = self.waiting.setdefault(name, [])
-            uses.append(use)
-            if len(uses) == self.expected[name]:
-                self.finish(name)
-                done.append(self.squares[self.group_of[self.owners[name][0]]][-1])
+        with phase("norms"):
+            for name, use in call_uses(call).items():
+                uses = self.waiting.setdefault(name, [])
+                uses.append(use)
+                if len(uses) == self.expected[name]:
+                    self.finish(name)
+                    done.append(self.squares[self.group_of[self.owners[name][0]]][-1])
         return done
 
     def finish(self, name: str) -> None:
@@ -254,7 +256,7 @@ def bounded_sum(
     if known != {unit.name for unit in units}:
         raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
     parameters = trainable(model)
-    with Tap(units, size, training, list(parameters.values()) if two_pass else None, layouts_of(plan.layers)) as tap:
+    with phase("forward"), Tap(units, size, training, list(parameters.values()) if two_pass else None, layouts_of(plan.layers)) as tap:
         losses = example_losses(loss, call_model(model, batch.x, training), batch.y, size)
     expected: dict[str, int] = {}
     for call in tap.calls:
@@ -263,8 +265,9 @@ def bounded_sum(
     owners = owners_of(units)
     valid = batch.mask & tf.math.is_finite(losses)
     accumulator = Accumulator(plan, expected, owners, keep=not two_pass)
-    tap.backward(losses, tf.cast(valid, losses.dtype), accumulator)
-    accumulator.finish_all()
+    with phase("cotangents"):
+        tap.backward(losses, tf.cast(valid, losses.dtype), accumulator)
+        accumulator.finish_all()
     norms = accumulator.norms()
     if norms_out is not None:
         norms_out.update(norms)
@@ -284,16 +287,17 @@ def bounded_sum(
             sums[name] = tf.zeros(parameter.shape, parameter.dtype) if value is None else value
         return sums
 
-    if two_pass:  # a non-finite example would poison the native sum
-        usable = tf.reduce_all((finite & valid) | ~batch.mask)
-        sums = tf.cond(
-            usable,
-            lambda: second_pass(parameters, tap.second, losses, weights, group_of),
-            lambda: bounded_sum(model, loss, batch, plan, training=training).sums,
-        )
-    else:
-        usable = tf.reduce_all(finite) & tf.reduce_all(tf.math.is_finite(losses))
-        sums = tf.cond(usable, lambda: contract(clean=True), lambda: contract(clean=False))
+    with phase("sums"):
+        if two_pass:  # a non-finite example would poison the native sum
+            usable = tf.reduce_all((finite & valid) | ~batch.mask)
+            sums = tf.cond(
+                usable,
+                lambda: second_pass(parameters, tap.second, losses, weights, group_of),
+                lambda: bounded_sum(model, loss, batch, plan, training=training).sums,
+            )
+        else:
+            usable = tf.reduce_all(finite) & tf.reduce_all(tf.math.is_finite(losses))
+            sums = tf.cond(usable, lambda: contract(clean=True), lambda: contract(clean=False))
     return Grads(sums, stats, identifiers(units), counts)
 
 
@@ -314,7 +318,7 @@ def proven_sum(model: Any, loss: Loss, batch: Batch, plan: Plan, *, training: bo
     """
     parameters, size = trainable(model), batch_size(batch.x)
     variables = list(parameters.values())
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
+    with phase("forward"), tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([v.value for v in variables])
         output = call_model(model, batch.x, training)
     check_output(output, size)
@@ -329,7 +333,8 @@ def proven_sum(model: Any, loss: Loss, batch: Batch, plan: Plan, *, training: bo
     norm = tf.norm(rows, axis=1)
     rows = rows * (limit / tf.maximum(norm, limit))[:, None]
     counts = count_below(plan, used & (norm <= limit), batch.mask)
-    gradients = gradients_of(tape, output, variables, tf.reshape(rows, cotangent.shape))
+    with phase("gradients"):
+        gradients = gradients_of(tape, output, variables, tf.reshape(rows, cotangent.shape))
     found = {
         "loss": per_example(used, losses),
         "count": batch.mask,
@@ -381,10 +386,11 @@ def plain_sum(model: Any, loss: Loss, batch: Batch, *, training: bool = True) ->
     """The unclipped sum by ordinary backpropagation: what ``non_private`` and proven bounds need."""
     parameters, size = trainable(model), batch_size(batch.x)
     variables = list(parameters.values())
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
+    with phase("forward"), tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([v.value for v in variables])
         losses = example_losses(loss, call_model(model, batch.x, training), batch.y, size)
-    gradients = gradients_of(tape, losses, variables, tf.cast(batch.mask, losses.dtype))
+    with phase("gradients"):
+        gradients = gradients_of(tape, losses, variables, tf.cast(batch.mask, losses.dtype))
     zero = tf.zeros([])
     total = tf.cast(tf.reduce_sum(per_example(batch.mask, losses)), tf.float32)
     stats = {"loss": total, "count": tf.reduce_sum(tf.cast(batch.mask, tf.float32)), "clipped": zero, "nonfinite": zero}

@@ -73,6 +73,11 @@ def gram_square(one: Tensor, two: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return total, tf.reshape(tf.reduce_sum(lengths, axis=1), [-1, groups])
 
 
+# Slices that skip numbers, or are a few channels wide, are slow: there patches are unfolded instead, as long as they take at most so many
+# times the memory of the cotangent. 256 images of 28x28, 8x8, stride 2: 108 ms by slices, 11 unfolded; 64 of 32x32x64, 3x3: 125, 167.
+UNFOLD, FEW_CHANNELS = 8, 16
+
+
 @dataclass(eq=False)
 class Use:
     """Base of the uses; a use whose gradient is already per sample is a ``DirectUse``."""
@@ -260,12 +265,24 @@ class ConvUse(Use):
         split = [self.groups, x.shape[-1] // self.groups] if self.groups > 1 else [x.shape[-1]]
         return tf.reshape(x, [x.shape[0], math.prod(x.shape[1:-1]), *split])
 
+    def unfolds(self, padded: Tensor) -> bool:
+        """Whether patches are faster than slices, and not too large."""
+        slow = any(step > 1 for step in self.stride) or padded.shape[-1] <= FEW_CHANNELS
+        small = math.prod(self.kernel) * padded.shape[-1] <= UNFOLD * self.g.shape[-1]
+        return len(self.kernel) == 2 and self.groups == 1 and slow and small
+
     def contract(self, g: Tensor, out: str) -> Tensor:
         """``out = "b"``: per-sample gradients for the cotangents ``g``; ``out = ""``: their sum."""
         taps: list[Any] = []
         g, padded = self.grouped(g), self.padded()
+        if self.unfolds(padded):
+            sizes, strides, rates = ([1, *axes, 1] for axes in (self.kernel, self.stride, self.dilation))
+            patches = tf.image.extract_patches(padded, sizes, strides, rates, "VALID")
+            patches = tf.reshape(patches, [patches.shape[0], -1, patches.shape[-1]])  # [B, T, taps C]
+            summed = tf.matmul(patches, g, transpose_a=True) if out else tf.tensordot(patches, g, axes=((0, 1), (0, 1)))
+            return tf.reshape(summed, [*([self.x.shape[0]] if out else []), *self.shape])
         for where in self.offsets():
-            with tf.control_dependencies(taps[-1:]):  # one slice at a time stands in memory
+            with tf.control_dependencies(taps[-2:-1]):  # two slices at a time stand in memory
                 x = self.grouped(padded[(slice(None), *where)])
             if self.groups == 1 and out:
                 taps.append(tf.matmul(x, g, transpose_a=True))  # [B, C, p]

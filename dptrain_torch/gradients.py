@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
+from dptrain.profiling import phase
 from dptrain_torch.bare import BareCall
 from dptrain_torch.hooks import Call, Tap, Unit, find_units
 from dptrain_torch.lipschitz import LossGradientClip
@@ -120,11 +121,12 @@ class Accumulator:
 
     def __call__(self, call: Call | BareCall) -> None:
         """Take in one call; a parameter is finished when its last use has arrived."""
-        for name, use in call_uses(call).items():
-            uses = self.waiting.setdefault(name, [])
-            uses.append(use)
-            if len(uses) == self.expected[name]:
-                self.finish(name)
+        with phase("norms"):
+            for name, use in call_uses(call).items():
+                uses = self.waiting.setdefault(name, [])
+                uses.append(use)
+                if len(uses) == self.expected[name]:
+                    self.finish(name)
 
     def finish(self, name: str) -> None:
         """Norm of one parameter's per-sample gradient, from all its uses."""
@@ -221,7 +223,7 @@ def bounded_sum(
     if two_pass:
         refuse_two_pass(model)
     units, size = known_units(model, plan), batch_size(batch.x)
-    with torch.enable_grad(), Tap(units, size) as tap:
+    with phase("forward"), torch.enable_grad(), Tap(units, size) as tap:
         losses = example_losses(loss, call_model(model, batch.x), batch.y, size)
     found = tapped_sum(model, tap, losses, batch.mask, plan, batch.factor, two_pass=two_pass, norms_out=norms_out)
     return bounded_sum(model, loss, batch, plan) if found is None else found  # a non-finite example would poison the native sum
@@ -287,7 +289,7 @@ def tapped_sum(
     accumulator = Accumulator(plan, expected, owners, size, keep=not two_pass)
     with torch.enable_grad():
         total = torch.where(valid, losses, torch.zeros_like(losses)).sum()
-    with torch.no_grad():
+    with phase("cotangents"), torch.no_grad():
         tap.backward(total, accumulator, retain_graph=two_pass or retain_graph)
         accumulator.finish_all()
         norms = accumulator.norms()
@@ -301,9 +303,9 @@ def tapped_sum(
         clean = bool((finite & valid | ~mask).all())
         if not clean:
             return None
-        with tap.replay() as grad:
+        with phase("sums"), tap.replay() as grad:
             return Grads(second_pass(model, losses, weights, group_of, grad), stats, counts)
-    with torch.no_grad():
+    with phase("sums"), torch.no_grad():
         clean = bool(finite.all()) and bool(losses.isfinite().all())
         sums = {}
         for name, parameter in trainable(model).items():
@@ -331,12 +333,13 @@ def proven_sum(model: nn.Module, loss: Loss, batch: Batch, plan: Plan) -> Grads:
     Source: math.md section 5.
     """
     size = batch_size(batch.x)
-    with torch.enable_grad():
+    with phase("forward"), torch.enable_grad():
         output = call_model(model, batch.x)
         check_output(output, size)
         seen = output.detach().requires_grad_()
         losses = example_losses(loss, seen, batch.y, size)
-    return sum_below(model, output, seen, losses, batch.mask, plan, batch.factor)
+    with phase("gradients"):
+        return sum_below(model, output, seen, losses, batch.mask, plan, batch.factor)
 
 
 def sum_below(
@@ -421,9 +424,10 @@ def second_pass(
 
 def plain_sum(model: nn.Module, loss: Loss, batch: Batch) -> Grads:
     """The unclipped sum by ordinary backpropagation: what ``non_private`` and proven bounds need."""
-    with torch.enable_grad():
+    with phase("forward"), torch.enable_grad():
         losses = example_losses(loss, call_model(model, batch.x), batch.y, batch_size(batch.x))
-    return loss_sum(model, losses, batch.mask)
+    with phase("gradients"):
+        return loss_sum(model, losses, batch.mask)
 
 
 def loss_sum(model: nn.Module, losses: Tensor, mask: Tensor) -> Grads:

@@ -292,6 +292,16 @@ def test_the_planned_epsilon_is_the_trained_one(run, config_file):
     assert stated["statement"] in out
 
 
+@pytest.mark.parametrize("backend", ["torch", "tensorflow"])
+def test_train_shows_where_a_step_goes(run, config_file, backend):
+    code, out, _ = run("train", config_file.name, "--backend", backend, "--profile", "--quiet", "--out", "here")
+    assert code == 0
+    for word in ("ms per step", "forward", "cotangents", "norms", "sums", "noise", "update", "data", "not private"):
+        assert word in out
+    found = json.loads((config_file.parent / "here" / "profile.json").read_text())
+    assert found["steps"] == 3 and found["milliseconds"]["norms"] > 0
+
+
 def test_train_prints_accuracy_and_epsilon_and_writes_a_directory(run, config_file):
     code, out, err = run("train", config_file.name, "--backend", "torch", "--out", "here", "--set", "sampling.steps=3")
     assert (code, err) == (0, "")
