@@ -243,7 +243,7 @@ class PRVAccountant:
         return max(results)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # a key holds its whole list of releases, which is long for noise that moves
 def _detail_of(relation: NeighboringRelation, pairs: Pairs, delta: float, certify: bool) -> Detail:
     """A pure function of its arguments: a calibration, its check and the printed epsilon ask for the same values."""
     return PRVAccountant(relation)._compute(pairs, delta, certify)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +74,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The object of a public name; kept, so that this runs once per name."""
+    """The object of a public name, or a submodule; kept, so that this runs once per name."""
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"{__name__}.{name}")
     found = globals()[name] = getattr(import_module(_HOME[name]), name)
     return found
 

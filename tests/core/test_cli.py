@@ -212,7 +212,9 @@ def test_a_command_loads_only_what_it_needs(words, heavy):
 
 def test_public_names_load_at_first_use_and_a_module_does_not_take_the_place_of_a_function():
     code = (
-        "import dptrain.plan, dptrain, types\n"
+        "import dptrain\n"
+        "assert dptrain.errors.ConfigError is dptrain.ConfigError and not hasattr(dptrain, '_nothing')\n"
+        "import dptrain.plan, types\n"
         "assert callable(dptrain.plan) and dptrain.plan.__module__ == 'dptrain.trainer'\n"
         "from dptrain.plan import Plan\n"
         "assert dptrain.Plan is Plan and set(dptrain.__all__) <= set(dir(dptrain))\n"
