@@ -120,6 +120,11 @@ class Backend(Protocol):
         """Restore the constraints that a proven bound rests on; returns the certificates of the new weights, none for clipping plans."""
         ...
 
+    @property
+    def compiles(self) -> bool:
+        """Whether ``compile`` changes anything, as ``performance.compile`` says."""
+        ...
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``tf.function``, ``torch.compile`` or the function itself, as ``performance.compile`` says."""
         ...

@@ -127,9 +127,9 @@ def train(
     Guarantee: the trained weights, and every checkpoint, are post-processing of the releases in the ledger, from which alone the
         stated epsilon is computed.
     """
-    if profile is not None and config.performance.compile is not False and (backend == "tensorflow" or config.performance.compile is True):
-        raise ConfigError("A profile needs steps whose parts can be told apart; set performance.compile to false.")
     setup = prepare(config, backend, data, model)
+    if profile is not None and setup.backend.compiles:
+        raise ConfigError("A profile needs steps whose parts can be told apart; set performance.compile to false.")
     # Before the directory exists, so that a budget out of reach leaves nothing behind.
     sigma = noise_multiplier(config, setup.sample_rate, setup.num_steps) if setup.plan.private else None
     facts = {"num_examples": len(setup.data.x_train), "num_steps": setup.num_steps, "sample_rate": setup.sample_rate}

@@ -146,8 +146,12 @@ class TensorFlowBackend:
     def project(self, model: Any, plan: Plan) -> dict[str, float]:
         return update.project(model, plan)
 
+    @property
+    def compiles(self) -> bool:
+        return self.performance.compile is not False
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if self.performance.compile is False:
+        if not self.compiles:
             return function
         keys: list[str] = []
         identifiers: dict[str, str] = {}

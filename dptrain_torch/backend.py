@@ -133,8 +133,12 @@ class TorchBackend:
     def project(self, model: nn.Module, plan: Plan) -> dict[str, float]:
         return update.project(model, plan)
 
+    @property
+    def compiles(self) -> bool:
+        return self.performance.compile is True
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function) if self.performance.compile is True else function
+        return torch.compile(function) if self.compiles else function
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
