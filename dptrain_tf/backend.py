@@ -129,7 +129,9 @@ class TensorFlowBackend:
         return update.zeros(model)
 
     def bounded_sum(self, model: Any, loss: Any, batch: Batch, plan: Plan, two_pass: bool = False) -> Grads:
-        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass)
+        # Arrays are freed at their last use in a graph, so book-keeping needs less here than a tape that is played twice.
+        lean = self.performance.prefer == "memory"
+        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass and not lean, lean=lean)
 
     def add(self, total: Grads, part: Grads) -> Grads:
         return update.add(total, part)
@@ -153,19 +155,30 @@ class TensorFlowBackend:
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if not self.compiles:
             return function
+        quick, careful = self._traced(function, False), self._traced(function, True)
+
+        def run(batch: Batch) -> Grads:
+            grads = quick(batch)
+            # A graph with both ways in it is twice as large, and keeps every layer's arrays until it has chosen.
+            return grads if grads.usable is None or bool(grads.usable) else careful(batch)
+
+        return run
+
+    def _traced(self, function: Callable[[Batch], Grads], careful: bool) -> Callable[[Batch], Grads]:
+        """The function as a graph, traced at its first call."""
         keys: list[str] = []
         identifiers: dict[str, str] = {}
 
         @tf.function(autograph=False, reduce_retracing=False, jit_compile=self.jit or None)
         def traced(x: Any, y: Any, mask: Any, factor: Any) -> Any:
-            grads = function(Batch(x, y, mask, factor))
+            grads = function(Batch(x, y, mask, factor, careful))
             keys[:] = list(grads.sums)
             identifiers.update(grads.identifiers)
-            return list(grads.sums.values()), grads.stats, grads.counts
+            return list(grads.sums.values()), grads.stats, grads.counts, grads.usable
 
         def run(batch: Batch) -> Grads:
-            sums, stats, counts = traced(batch.x, batch.y, batch.mask, batch.factor)
-            return Grads(dict(zip(keys, sums, strict=True)), stats, identifiers, counts)
+            sums, stats, counts, usable = traced(batch.x, batch.y, batch.mask, batch.factor)
+            return Grads(dict(zip(keys, sums, strict=True)), stats, identifiers, counts, usable)
 
         return run
 

@@ -12,7 +12,7 @@ AutoGraph would hide what an error says behind an error of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
@@ -25,7 +25,7 @@ from dptrain.profiling import phase
 from dptrain_tf.hooks import Call, Tap, Unit, find_units, layouts_of, trainable
 from dptrain_tf.lipschitz import LossGradientClip
 from dptrain_tf.rules import aligned, children, generic_uses
-from dptrain_tf.uses import ConvUse, DirectUse, Use, ghost_norm, per_example, square_sum
+from dptrain_tf.uses import ConvUse, DirectUse, Use, ghost_norm, instantiated_norm, per_example, square_sum
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -39,12 +39,15 @@ class Batch:
         y: targets ``[B, ...]``, passed to the loss as they are.
         mask: bool ``[B]``; False marks padding, which has weight 0.
         factor: what the plan's clipping norms are multiplied by, a scalar tensor where they move; None stands for 1.
+        careful: True selects the finite examples before anything is summed; False takes all to be finite, and ``Grads.usable`` says whether
+            they were; None does what the numbers ask for, at the price of both ways in a traced graph.
     """
 
     x: Any
     y: Any
     mask: Tensor
     factor: Tensor | None = None
+    careful: bool | None = None
 
 
 @dataclass
@@ -56,12 +59,14 @@ class Grads:
         stats: sums that are NOT private: ``loss``, ``count``, ``clipped``, ``nonfinite``; for progress displays only.
         identifiers: variable path -> identifier in the plan.
         counts: group name -> sum of +1/2 and -1/2 over examples, where the plan releases a count; noise is added to it as to the sums.
+        usable: whether the sums are what they claim, a scalar; None stands for True. Only a batch that is not ``careful`` can be unusable.
     """
 
     sums: dict[str, Tensor]
     stats: dict[str, Tensor]
     identifiers: dict[str, str]
     counts: dict[str, Tensor] = field(default_factory=dict)
+    usable: Tensor | None = None
 
 
 def call_model(model: Any, x: Any, training: bool) -> Any:
@@ -103,10 +108,13 @@ class Accumulator:
         expected: parameter name -> number of uses in the forward pass.
         owners: parameter name -> layers that use it.
         keep: whether uses are kept for the weighted sum (book-keeping).
+        lean: whether they are kept as they came, although their per-sample gradients have been at hand: slower and smaller.
     """
 
-    def __init__(self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], keep: bool) -> None:
-        self.plan, self.expected, self.owners, self.keep = plan, expected, owners, keep
+    def __init__(
+        self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], keep: bool, lean: bool = False
+    ) -> None:
+        self.plan, self.expected, self.owners, self.keep, self.lean = plan, expected, owners, keep, lean
         self.group_of = {layer: group.name for group in plan.groups for layer in group.layers}
         self.waiting: dict[str, list[Use]] = {}
         self.ready: dict[str, list[Use]] = {}
@@ -115,7 +123,9 @@ class Accumulator:
     def __call__(self, call: Call) -> list[Tensor]:
         """Take in one call; a parameter is finished when its last use has arrived. Returns the norms that this finished."""
         done = []
-        with phase("norms"):
+        # What is made of the inputs alone would otherwise be made, in a graph, as soon as they are there, and wait for the cotangent.
+        arrived = [g for g in call.cotangents if g is not None]
+        with phase("norms"), tf.control_dependencies(arrived):
             for name, use in call_uses(call).items():
                 uses = self.waiting.setdefault(name, [])
                 uses.append(use)
@@ -130,11 +140,14 @@ class Accumulator:
         wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
         direct = all(isinstance(use, DirectUse) for use in uses)
         square = ghost_norm(uses) if wants_ghost and not direct else None
-        if square is None:
+        passing = self.lean or not self.keep
+        if square is None and passing and len(uses) == 1 and not direct:
+            square = instantiated_norm(uses[0])
+        elif square is None:
             gradient = uses[0].instantiate()
             for use in uses[1:]:
                 gradient = gradient + use.instantiate()
-            square, uses = square_sum(gradient), [DirectUse(gradient)]
+            square, uses = square_sum(gradient), [DirectUse(gradient)] if direct or not passing else uses
         self.squares.setdefault(self.group_of[self.owners[name][0]], []).append(square)
         if self.keep:
             self.ready[name] = uses
@@ -224,6 +237,7 @@ def bounded_sum(
     plan: Plan,
     *,
     two_pass: bool = False,
+    lean: bool = False,
     norms_out: dict[str, Tensor] | None = None,
     training: bool = True,
 ) -> Grads:
@@ -235,6 +249,7 @@ def bounded_sum(
         batch: a physical batch.
         plan: groups, clipping norms and norm methods.
         two_pass: take the sum from a second backward pass.
+        lean: let no per-sample gradient outlive its norm.
         norms_out: filled with group -> norms ``[B]``, for diagnostics.
         training: the mode in which the model is called.
     Returns:
@@ -251,6 +266,7 @@ def bounded_sum(
         return plain_sum(model, loss, batch, training=training)
     if two_pass:
         refuse_two_pass(model)
+        two_pass = not batch.careful  # a non-finite example would poison the native sum
     units, size = find_units(model, training), batch_size(batch.x)
     known = {layer.name for layer in plan.layers}
     if known != {unit.name for unit in units}:
@@ -264,7 +280,7 @@ def bounded_sum(
             expected[name] = expected.get(name, 0) + 1
     owners = owners_of(units)
     valid = batch.mask & tf.math.is_finite(losses)
-    accumulator = Accumulator(plan, expected, owners, keep=not two_pass)
+    accumulator = Accumulator(plan, expected, owners, keep=not two_pass, lean=lean)
     with phase("cotangents"):
         tap.backward(losses, tf.cast(valid, losses.dtype), accumulator)
         accumulator.finish_all()
@@ -277,28 +293,29 @@ def bounded_sum(
     group_of = {name: accumulator.group_of[layers[0]] for name, layers in owners.items()}
 
     def contract(clean: bool) -> dict[str, Tensor]:
-        sums = {}
+        sums: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             value: Any = None
-            for use in accumulator.ready.get(name, ()):
-                w = weights[group_of[name]]
-                part = tf.cast((use if clean else use.keep(w > 0)).weighted_sum(w), parameter.dtype)
-                value = part if value is None else value + part
-            sums[name] = tf.zeros(parameter.shape, parameter.dtype) if value is None else value
+            with tf.control_dependencies(list(sums.values())[-1:]):  # one parameter after the other, for their temporaries
+                for use in accumulator.ready.get(name, ()):
+                    w = weights[group_of[name]]
+                    part = tf.cast((use if clean else use.keep(w > 0)).weighted_sum(w), parameter.dtype)
+                    value = part if value is None else value + part
+                sums[name] = tf.zeros(parameter.shape, parameter.dtype) if value is None else value
         return sums
 
     with phase("sums"):
-        if two_pass:  # a non-finite example would poison the native sum
+        if two_pass:
             usable = tf.reduce_all((finite & valid) | ~batch.mask)
-            sums = tf.cond(
-                usable,
+            ways = (
                 lambda: second_pass(parameters, tap.second, losses, weights, group_of),
-                lambda: bounded_sum(model, loss, batch, plan, training=training).sums,
+                lambda: bounded_sum(model, loss, replace(batch, careful=True), plan, training=training).sums,
             )
         else:
             usable = tf.reduce_all(finite) & tf.reduce_all(tf.math.is_finite(losses))
-            sums = tf.cond(usable, lambda: contract(clean=True), lambda: contract(clean=False))
-    return Grads(sums, stats, identifiers(units), counts)
+            ways = (lambda: contract(clean=True), lambda: contract(clean=False))
+        sums = tf.cond(usable, *ways) if batch.careful is None else ways[batch.careful]()
+    return Grads(sums, stats, identifiers(units), counts, usable if batch.careful is False else None)
 
 
 def joint_below(plan: Plan, norms: Mapping[str, Tensor], factor: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from dptrain.errors import UnsupportedModelError
 from dptrain.info import BIAS, CONV, EMBEDDING, LINEAR, NORM
 from dptrain_tf.bare import is_float
 from dptrain_tf.lipschitz import BoundedBias, SpectralConv1D, SpectralConv2D
-from dptrain_tf.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, split_rows, wide
+from dptrain_tf.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, split_rows, turns_of, wide
 
 Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
 
@@ -218,6 +218,22 @@ def axis_uses(x_hat: Tensor, g: Tensor, axes: list[int], layer: Any) -> dict[str
     return {"weight": DirectUse(sums[0]), "bias": DirectUse(sums[1])}
 
 
+def in_turns(uses: Callable[[Any, Tensor, Tensor], dict[str, Use]]) -> Callable[[Any, Tensor, Tensor], dict[str, Use]]:
+    """The uses of a normalisation layer, whose normalised input is not made for more examples at once than ``TILE`` allows."""
+
+    def parted(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
+        turns = turns_of(g.shape[0], 3 * math.prod(g.shape[1:])) if a.shape == g.shape else []
+        if len(turns) <= 1:
+            return uses(layer, a, g)
+        parts: list[dict[str, Any]] = []
+        for start, stop in turns:
+            with tf.control_dependencies([use.gradient for part in parts[-1:] for use in part.values()]):
+                parts.append(uses(layer, a[start:stop], g[start:stop]))
+        return {role: DirectUse(tf.concat([part[role].gradient for part in parts], axis=0)) for role in parts[0]}
+
+    return parted
+
+
 def axes_of(layer: Any, rank: int) -> list[int]:
     """The axes that a normalisation layer's parameters run over."""
     axis = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
@@ -230,16 +246,19 @@ def own_shape(layer: Any) -> tuple[int, ...]:
     return tuple(found.shape)
 
 
+@in_turns
 def layer_norm_uses(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
     axes = axes_of(layer, a.shape.rank)
     return axis_uses(keras.ops.layer_normalization(wide(a), axis=axes, epsilon=layer.epsilon), wide(g), axes, layer)
 
 
+@in_turns
 def rms_norm_uses(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
     axes = axes_of(layer, a.shape.rank)
     return axis_uses(keras.ops.rms_normalization(wide(a), axis=axes, epsilon=layer.epsilon), wide(g), axes, layer)
 
 
+@in_turns
 def group_norm_uses(layer: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
     a, (axis,) = wide(a), axes_of(layer, a.shape.rank)
     order = [i for i in range(a.shape.rank) if i != axis] + [axis]

@@ -39,7 +39,7 @@ def column(w: Tensor, like: Tensor) -> Tensor:
 
 def per_example(flags: Tensor, x: Tensor) -> Tensor:
     """Zero the examples whose flag is False, by selection, since 0 * NaN is NaN."""
-    return tf.where(column(flags, x), x, tf.zeros_like(x))
+    return tf.where(column(flags, x), x, tf.zeros([], x.dtype))
 
 
 def split_rows(x: Tensor, batch: int) -> Tensor:
@@ -76,6 +76,9 @@ def gram_square(one: Tensor, two: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 # Slices that skip numbers, or are a few channels wide, are slow: there patches are unfolded instead, as long as they take at most so many
 # times the memory of the cotangent. 256 images of 28x28, 8x8, stride 2: 108 ms by slices, 11 unfolded; 64 of 32x32x64, 3x3: 125, 167.
 UNFOLD, FEW_CHANNELS = 8, 16
+# Numbers that the temporaries of a norm should hold at once; more examples are taken in turns, which also keeps them in cache, but in no
+# more turns than that, for the size of the graph.
+TILE, TURNS = 1 << 21, 8
 
 
 @dataclass(eq=False)
@@ -103,6 +106,14 @@ class Use:
         """``sum_i w_i G_i``, of the parameter's shape."""
         gradient = self.instantiate()
         return tf.tensordot(tf.cast(w, gradient.dtype), gradient, axes=1)
+
+    def cut(self, start: int, stop: int) -> Use:
+        """The use of some of the examples."""
+        raise TypeError(f"{type(self).__name__} cannot be cut")
+
+    def temporaries(self, ghost: bool) -> int:
+        """Numbers that the norm of one example needs meanwhile; 0 where it cannot be taken for some of the examples."""
+        return 0
 
     def keep(self, finite: Tensor) -> Use:
         """The same use with the examples zeroed whose flag is False."""
@@ -162,6 +173,12 @@ class LinearUse(Use):
         a, g = (a * w, g) if a.shape[2] < g.shape[2] else (a, g * w)  # the smaller one is copied
         a, g = (tf.reshape(t, [-1, t.shape[2]]) for t in (a, g))
         return tf.reshape(tf.matmul(a, g, transpose_a=True), self.shape)
+
+    def cut(self, start: int, stop: int) -> Use:
+        return replace(self, a=self.a[start:stop], g=self.g[start:stop])
+
+    def temporaries(self, ghost: bool) -> int:
+        return 3 * self.a.shape[1] ** 2 if ghost else self.a.shape[2] * self.g.shape[2]
 
     def keep(self, finite: Tensor) -> Use:
         return replace(self, a=per_example(finite, self.a), g=per_example(finite, self.g))
@@ -334,6 +351,16 @@ class ConvUse(Use):
         unsafe = max(self.kernel) == 1 and max(self.stride) > 1
         return self.native(w) if self.native and not unsafe else self.contract(self.g * column(w, self.g), "")
 
+    def cut(self, start: int, stop: int) -> Use:
+        return replace(self, x=self.x[start:stop], g=self.g[start:stop], native=None)
+
+    def temporaries(self, ghost: bool) -> int:
+        inputs, positions = math.prod(self.x.shape[1:]), math.prod(self.g.shape[1:-1])
+        if not ghost:
+            return inputs + math.prod(self.shape)
+        reach = math.prod(covered(self.g.shape[1:-1], self.kernel, self.stride, self.dilation))
+        return inputs + self.groups * (reach**2 + 3 * positions**2)
+
     def keep(self, finite: Tensor) -> Use:
         return replace(self, x=per_example(finite, self.x), g=per_example(finite, self.g), native=None)
 
@@ -350,7 +377,48 @@ class ConvUse(Use):
         )
 
 
+def turns_of(batch: int, each: int) -> list[tuple[int, int]]:
+    """Examples from and to, so that ``TILE`` numbers are needed at once where one example needs ``each``, in at most ``TURNS`` parts."""
+    size = max(1, TILE // each, -(-batch // TURNS))
+    return [(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
+def in_tiles(use: Use, ghost: bool, norm: Callable[[Use], Tensor | None]) -> Tensor | None:
+    """A norm of every example ``[B]``, for as many of them at once as ``TILE`` and ``TURNS`` allow.
+
+    Args:
+        use: the only use of a parameter.
+        ghost: how the norm is taken.
+        norm: use -> ``[B]`` or None.
+    Returns:
+        What ``norm`` gives for the whole use.
+    """
+    each = use.temporaries(ghost)
+    turns = turns_of(use.g.shape[0], each) if each else []  # type: ignore[attr-defined]
+    if len(turns) <= 1:
+        return norm(use)
+    parts: list[Any] = []
+    for start, stop in turns:
+        with tf.control_dependencies(parts[-1:]):
+            parts.append(norm(use.cut(start, stop)))
+        if parts[-1] is None:
+            return None
+    return tf.concat(parts, axis=0)
+
+
 def ghost_norm(uses: Sequence[Use]) -> Tensor | None:
+    """Squared norm of a parameter's per-sample gradient from all pairs of its uses, ``[B]``; see ``pairs_norm``."""
+    return in_tiles(uses[0], True, lambda use: pairs_norm([use])) if len(uses) == 1 else pairs_norm(uses)
+
+
+def instantiated_norm(use: Use) -> Tensor:
+    """Squared norm of a per-sample gradient that is not kept, ``[B]``."""
+    found = in_tiles(use, False, lambda part: square_sum(part.instantiate()))
+    assert found is not None
+    return found
+
+
+def pairs_norm(uses: Sequence[Use]) -> Tensor | None:
     """Squared norm of a parameter's per-sample gradient from all pairs of its uses.
 
     Args:
