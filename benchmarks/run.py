@@ -9,8 +9,8 @@ Each case is one config of this folder, measured by ``dptrain compare``; what is
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dptrain.comparison import Comparison, Settings, compare
@@ -18,6 +18,8 @@ from dptrain.progress import show_measurement
 
 HERE = Path(__file__).parent
 TORCH_PEERS = ("opacus:hooks", "opacus:ghost", "opacus:functorch", "private_vision:mixed", "fastdp:mixopt")
+TFPRIVACY = ("tfprivacy:dp_model",)
+LIPDP = ("lipdp:quick", "lipdp:spectral")
 PLAIN = {"torch": "plain:torch_loop", "tensorflow": "plain:keras_loop"}
 
 INTRO = """# Benchmarks
@@ -27,7 +29,8 @@ interleaved pairs in one process with {threads} threads. Memory: the peak of the
 no model, in a process of its own, and its ratio to that of non-private training; model, data and what checks before the first step
 left behind are in it. `plain` is the plainest loop of the framework: the yardstick `non_private` is ours, and this row shows that it
 is not slow. Rows with `memory` in the column `performance.prefer` give up speed for memory. Peers run in their exact modes, on the
-same model and batch.
+same model and batch. LipDP and TensorFlow Privacy run under an interpreter of their own, and their ratios are to a plain Keras loop over
+the same network there, as the note says.
 
 """
 
@@ -41,7 +44,7 @@ class Standard:
         input: shape of an example.
         num_classes: classes.
         strategies: ours.
-        peers: whether others can run the model.
+        peers: others that can run the model, by framework.
         prefer_memory: whether the setting that gives up speed is measured too.
     """
 
@@ -49,16 +52,16 @@ class Standard:
     input: str
     num_classes: int = 10
     strategies: tuple[str, ...] = ("mixed_ghost", "per_sample")
-    peers: bool = True
+    peers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"torch": TORCH_PEERS})
     prefer_memory: bool = True
 
 
 STANDARD = (
-    Standard("vgg", "32x32x3"),
+    Standard("vgg", "32x32x3", peers={"torch": TORCH_PEERS, "tensorflow": TFPRIVACY}),
     Standard("resnet18_gn", "32x32x3"),
     Standard("transformer", "128", 2),
     Standard("bert", "128", 2, ("mixed_ghost",)),
-    Standard("clipless", "32x32x3", 10, ("clipless",), peers=False, prefer_memory=False),
+    Standard("clipless", "32x32x3", 10, ("clipless",), peers={"tensorflow": LIPDP}, prefer_memory=False),
 )
 LARGEST = Standard("vgg19", "32x32x3", 10, ("mixed_ghost", "per_sample"))
 
@@ -70,7 +73,7 @@ def qualified(peers: Sequence[str]) -> list[str]:
 
 def measure(case: Standard, backend: str, peers: bool, out: Path, settings: Settings) -> Comparison:
     """One case in one framework: ours, the plainest loop, and peers."""
-    others = [PLAIN[backend], *(TORCH_PEERS if backend == "torch" and peers and case.peers else ())]
+    others = [PLAIN[backend], *(case.peers.get(backend, ()) if peers else ())]
     return compare(HERE / f"{case.config}.yaml", [backend], [*case.strategies, *qualified(others)], input=case.input,
                    num_classes=case.num_classes, settings=settings, out=out, progress=show_measurement)  # fmt: skip
 

@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,10 @@ class PeerMissingError(DptrainError):
 
 @dataclass(frozen=True)
 class Bench:
-    """What a step that is not ours is built from.
+    """What a step that is not ours is built from, by a function ``make(bench)`` that returns it.
+
+    What cannot live in this environment is an object with ``measure(case)`` in the function's place: it returns all figures itself, and
+    with them ``yardstick``, a text that says what they are relative to, and ``plain_mib`` beside ``total_mib``.
 
     Args:
         model: the native model, with the config's starting weights.
@@ -201,6 +204,18 @@ def measure_time(case: Case) -> dict[str, Any]:
     for _ in range(case.settings.warmup):
         plain(), private()
     pairs = [(timed(plain), timed(private)) for _ in range(case.settings.pairs)]
+    return summary(pairs, case.batch) | prediction(setup, case.batch)
+
+
+def summary(pairs: Sequence[tuple[float, float]], batch: int) -> dict[str, Any]:
+    """The figures of a time measurement.
+
+    Args:
+        pairs: seconds of a plain and of a private step, taken in turns.
+        batch: examples per step.
+    Returns:
+        Medians, and the ratio with its quartiles.
+    """
     ratios = [b / a for a, b in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
@@ -209,8 +224,7 @@ def measure_time(case: Case) -> dict[str, Any]:
         "ratio": middle,
         "ratio_low": low,
         "ratio_high": high,
-        "examples_per_second": case.batch / statistics.median(b for _, b in pairs),
-        **prediction(setup, case.batch),
+        "examples_per_second": batch / statistics.median(b for _, b in pairs),
     }
 
 
@@ -279,7 +293,9 @@ def measure(case: Case) -> dict[str, Any]:
         Figures, or ``unsupported`` with the reason; ``missing`` if that may be another tomorrow.
     """
     try:
-        if case.measurement == "time":
+        if case.external and hasattr(elsewhere := load(case.strategy), "measure"):
+            found = elsewhere.measure(case)
+        elif case.measurement == "time":
             found = measure_time(case)
         else:
             found = measure_memory(case, int(case.settings.limit_gib * 2**30) if case.measurement == "largest" else None)
@@ -308,4 +324,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Of this module, not of ``__main__``: adapters import it, and what they raise must be the class that is caught here.
+    from dptrain.comparison import measure as module
+
+    module.main()

@@ -38,9 +38,13 @@ def merged(rows: Iterable[Row]) -> list[Row]:
         for name, ratio in (("total_mib", "memory_ratio"), ("largest_batch", "batch_ratio")):
             if row.get(name) is not None and base.get(name):
                 row[ratio] = row[name] / base[name]
+        if "yardstick" in row:  # its own plain loop, in its own environment
+            row |= {"memory_ratio": row["total_mib"] / row["plain_mib"]} if row.get("plain_mib") else {}
         if row["strategy"] == NON_PRIVATE:
             # Plain steps are timed beside each private strategy; the figure shown is their median.
-            times = sorted(r["plain_seconds"] for k, r in found.items() if k[:-1] == key[:-1] and "plain_seconds" in r)
+            times = sorted(
+                r["plain_seconds"] for k, r in found.items() if k[:-1] == key[:-1] and "plain_seconds" in r and "yardstick" not in r
+            )
             if times:
                 row |= {"seconds": times[len(times) // 2], "ratio": 1.0, "examples_per_second": row["batch"] / times[len(times) // 2]}
     return list(found.values())
@@ -54,6 +58,7 @@ def identity(row: Row) -> tuple[Any, ...]:
 def cells(row: Row, sweeps: Sequence[str], kinds: Sequence[str]) -> list[str]:
     """The texts of one line of the table."""
     problem = row.get("unsupported") or row.get("failed") or ("too large for the memory" if row.get("too_large") else "")
+    problem = problem or row.get("yardstick", "")
     texts = [str(row[key]) for key in COLUMNS] + [row["sweep"].get(key, "") for key in sweeps]
 
     def number(key: str, form: str, scale: float = 1.0) -> str:
@@ -65,7 +70,7 @@ def cells(row: Row, sweeps: Sequence[str], kinds: Sequence[str]) -> list[str]:
     if "memory" in kinds:
         texts += [number("total_mib", "{:,.0f}"), number("memory_ratio", "{:.2f}"), number("predicted_memory_ratio", "{:.2f}")]
     if "largest" in kinds:
-        texts += [number("largest_batch", "{:,}"), number("batch_ratio", "{:.2f}")]
+        texts += [number("largest_batch", "{:,.0f}"), number("batch_ratio", "{:.2f}")]
     return [*texts, problem]
 
 
@@ -127,7 +132,7 @@ def figure(rows: Sequence[Row]) -> Any:
     count = max(1, len(panels))
     across = min(count, 3)
     down = -(-count // across)
-    drawn = Figure(figsize=(4.6 * across, 3.6 * down), layout="constrained")
+    drawn = Figure(figsize=(4.6 * across, 4.2 * down), layout="constrained")
     grid = drawn.subplots(down, across, squeeze=False).ravel()
     for ax, (key, members) in zip(grid, panels.items(), strict=False):
         ax.set_title(", ".join(key), fontsize=9)
@@ -153,11 +158,12 @@ def draw_points(ax: Any, rows: Sequence[Row], _: str | None) -> None:
         across, up = row.get("ratio"), row.get("memory_ratio")
         if across is None or up is None:
             continue
-        ax.scatter(across, up, marker="*" if row["strategy"] == NON_PRIVATE else "o")
-        ax.annotate(short(row["strategy"]), (across, up), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        ax.scatter(across, up, marker="*" if row["strategy"] == NON_PRIVATE else "o", label=short(row["strategy"]))
     ax.set_xlabel("time relative to non_private")
     ax.set_ylabel("memory relative to non_private")
     ax.grid(alpha=0.3)
+    if ax.get_legend_handles_labels()[0]:  # names beside the points would cover each other where ratios are near 1
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def draw_sweep(ax: Any, rows: Sequence[Row], axis: str | None) -> None:
@@ -181,20 +187,27 @@ def short(strategy: str) -> str:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>dptrain compare</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>dptrain compare</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
-th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; }}
-th {{ border-bottom: 2px solid #888; }}
-svg {{ max-width: 100%; height: auto; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #222; }}
+h1 {{ font-size: 1.6rem; line-height: 1.2; }}
+/* What is wider than the window scrolls by itself, and the page does not. */
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 13px; }}
+th, td {{ text-align: left; vertical-align: top; white-space: nowrap; padding: .3rem .5rem; border-bottom: 1px solid #ddd; }}
+th {{ vertical-align: bottom; white-space: normal; border-bottom: 2px solid #888; }}
+td.note {{ white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }}
+svg {{ width: 100%; min-width: 36rem; max-width: 75rem; height: auto; }}
 </style></head><body>
 <h1>Speed and memory relative to non-private training</h1>
 <p>{origin}</p>
-<table><thead><tr>{titles}</tr></thead><tbody>
+<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>
 {lines}
-</tbody></table>
+</tbody></table></div>
+<div class="wide">
 {plot}
+</div>
 </body></html>
 """
 
@@ -209,7 +222,11 @@ def page(rows: Sequence[Row], plot: str) -> str:
         HTML.
     """
     titles, lines = table(rows)
-    escaped = ["<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines]
+    classes = [' class="note"' if title == "note" else "" for title in titles]
+    escaped = [
+        "<tr>" + "".join(f"<td{kind}>{html.escape(text)}</td>" for kind, text in zip(classes, line, strict=True)) + "</tr>"
+        for line in lines
+    ]
     return PAGE.format(
         origin=html.escape(origin(rows)), titles="".join(f"<th>{html.escape(t)}</th>" for t in titles), lines="\n".join(escaped),
         plot=plot[plot.find("<svg") :],

@@ -23,6 +23,8 @@ COMMAND = (sys.executable, "-m", "dptrain.comparison.measure")
 OUT_OF_MEMORY_WORDS = ("out of memory", "ResourceExhausted", "OOM when allocating", "MemoryError", "bad_alloc", "can't allocate memory")
 PRECISION = 1.04  # the largest batch is found to within this factor
 LARGEST_EVER = 2**20
+PREDICTED_TRIALS = 10  # of the largest batch, before the search halves the interval
+FURTHEST = 16  # times the largest batch that fitted, and no further in one go
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def subprocess_measure(case: Case) -> Row:
 
 
 def largest(case: Case) -> Row:
-    """The largest physical batch within the memory limit, found by bisection, one subprocess per trial.
+    """The largest physical batch within the memory limit, one subprocess per trial.
 
     Args:
         case: its batch is where the search begins.
@@ -248,21 +250,47 @@ def largest(case: Case) -> Row:
         ``largest_batch`` (to within 4 %) with the memory that it took, or why there is none.
     """
     limit = case.settings.limit_gib * 1024
-    fits: Row | None = None
-    low, high, trials, size = 0, LARGEST_EVER, 0, case.batch
-    while low < LARGEST_EVER:
+    fits: dict[int, Row] = {}
+    high, trials, size = LARGEST_EVER + 1, 0, case.batch
+    while True:
         found = subprocess_measure(replace(case, batch=size))
         trials += 1
         if "unsupported" in found or "failed" in found:
             return found
-        if not found.get("too_large") and found["total_mib"] <= limit:
-            low, fits = size, found
-        else:
+        if found.get("too_large") or found["total_mib"] > limit:
             high = size
+        else:
+            fits[size] = found
+        low = max(fits, default=0)
         if high - low <= 1 or high <= low * PRECISION:
             break
-        size = min(2 * low, LARGEST_EVER) if high == LARGEST_EVER else max(low + 1, (low + high) // 2)
-        if low == 0:
-            size = max(1, high // 2)
-    kept = {k: fits[k] for k in ("total_mib", "device", "meter")} if fits else {}
+        known = [(batch, row["total_mib"]) for batch, row in sorted(fits.items())]
+        size = next_size(known, high, limit, trials)
+    kept = {k: fits[low][k] for k in ("total_mib", "device", "meter")} if fits else {}
     return {"largest_batch": low, "limit_gib": case.settings.limit_gib, "trials": trials, **kept}
+
+
+def next_size(fits: Sequence[tuple[int, float]], high: int, limit: float, trials: int) -> int:
+    """The batch to try next: memory grows by about the same for every example, so a few small trials tell where the limit is.
+
+    Args:
+        fits: batches that fit with their memory, ascending.
+        high: the smallest batch known not to fit.
+        limit: memory.
+        trials: how many there were; after many, the middle, in case memory does not grow like that.
+    Returns:
+        A batch between the largest that fits and ``high``.
+    """
+    if not fits:
+        return max(1, high // 2)
+    low, taken = fits[-1]
+    halfway = 2.0 * low if high > LARGEST_EVER else (low + high) / 2
+    if len(fits) < 2 or trials > PREDICTED_TRIALS:
+        guess = halfway
+    else:
+        first, least = fits[0]
+        growth = max((taken - least) / (low - first), limit * 1e-9)
+        # A little below the limit; from a fit as near as that, a little above it: the two are the answer.
+        guess = min((low + (limit - taken) / growth) * (1 - (PRECISION - 1) / 3), low * FURTHEST)
+        guess = max(guess, low * PRECISION) if guess < high else halfway
+    return min(max(int(guess), low + 1), high - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from typing import Any
 
@@ -178,7 +179,27 @@ def test_the_largest_batch_is_found_to_within_four_percent(monkeypatch) -> None:
         exact = int((4096 - 100) / per_example)
         assert found <= exact
         assert exact <= max(found * 1.04, found + 1), (found, exact)
-        assert len(trials) == len(set(trials)) <= 24
+        assert len(trials) == len(set(trials)) <= 12
+
+
+def test_the_search_for_the_largest_batch_ends_soon_whatever_the_memory(monkeypatch) -> None:
+    """Memory that grows by a power of the batch, and not quite steadily."""
+    rng = random.Random(0)
+    for _ in range(200):
+        base, growth, power, start = rng.uniform(0, 2000), 10 ** rng.uniform(-1, 3.5), rng.choice([0.8, 1.0, 1.3]), rng.choice([1, 8, 64])
+        trials: list[int] = []
+
+        def fake(
+            case: Case, base: float = base, growth: float = growth, power: float = power, trials: list[int] = trials
+        ) -> dict[str, Any]:
+            trials.append(case.batch)
+            total = (base + growth * case.batch**power) * (1 + 0.02 * ((case.batch * 7919 % 100) / 100 - 0.5))
+            return {"total_mib": total, "device": "a machine", "meter": "a meter"}
+
+        monkeypatch.setattr(runner, "subprocess_measure", fake)
+        [case] = [c for c in cases(measurements=["largest"], batches=[start]) if c.strategy == "mixed_ghost"]
+        runner.largest(case)
+        assert len(trials) == len(set(trials)) <= 20, trials
 
 
 def test_an_unsupported_case_has_no_largest_batch(monkeypatch) -> None:
