@@ -111,9 +111,7 @@ class Accumulator:
         lean: whether they are kept as they came, although their per-sample gradients have been at hand: slower and smaller.
     """
 
-    def __init__(
-        self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], keep: bool, lean: bool = False
-    ) -> None:
+    def __init__(self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], keep: bool, lean: bool = False) -> None:
         self.plan, self.expected, self.owners, self.keep, self.lean = plan, expected, owners, keep, lean
         self.group_of = {layer: group.name for group in plan.groups for layer in group.layers}
         self.waiting: dict[str, list[Use]] = {}

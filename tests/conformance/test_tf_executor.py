@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -16,13 +17,16 @@ import pytest
 import tensorflow as tf
 from keras import layers as L
 
+from dptrain.config import Performance
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.randomness import RandomKey, StepNoise
-from dptrain_tf import engine, update
+from dptrain_tf import engine, update, uses
+from dptrain_tf.backend import make_backend
 from dptrain_tf.gradients import Batch, bounded_sum
 from dptrain_tf.hooks import Tap
 from dptrain_tf.losses import cross_entropy, mean_squared_error
 from dptrain_tf.rules import children
+from dptrain_tf.sums import hazardous, sliced
 
 B = 4
 STRATEGIES = ("per_sample", "ghost", "mixed_ghost")
@@ -420,6 +424,67 @@ def test_padding_and_nonfinite_examples_have_weight_zero(name: str, graph: bool,
     assert np.isfinite(float(stats["loss"]))
 
 
+@pytest.mark.parametrize("way", [{}, {"two_pass": True}, {"lean": True}], ids=["book_keeping", "two_pass", "lean"])
+def test_a_compiled_sum_that_met_an_example_that_is_not_finite_is_taken_again(way: dict[str, bool]) -> None:
+    """The graph takes all examples to be finite and says whether they were; the careful one is traced when it is first needed."""
+    model, x, y = case("conv2d_same")
+    gradients, traces = per_example(model, mean_squared_error, x, y), []
+    plan = engine.make_plan(model, x, max_grad_norm=float(norms_of(gradients).min() / 2))
+    w = plan.groups[0].clip_norm / norms_of(gradients)
+
+    def sums(batch: Batch) -> Any:
+        traces.append(batch.careful)
+        return bounded_sum(model, mean_squared_error, batch, plan, training=False, **way)
+
+    compiled, mask = make_backend(Performance()).compile(sums), tf.ones([B], tf.bool)
+    assert gap(compiled(Batch(tf.constant(x), tf.constant(y), mask)).sums, weighted(gradients, w)) < 1e-9
+    assert traces == [False]
+    broken = y.copy()
+    broken[1] = np.inf
+    found = compiled(Batch(tf.constant(x), tf.constant(broken), mask))
+    assert gap(found.sums, weighted(gradients, w * [1, 0, 1, 1])) < 1e-9
+    assert float(found.stats["nonfinite"]) == 1 and traces == [False, True]
+
+
+@pytest.mark.parametrize("tile", [1, 500])
+@pytest.mark.parametrize("name", ["linear", "one position", "conv"])
+def test_norms_that_are_taken_in_turns_are_those_of_all_at_once(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def normal(*shape: int, seed: int = 0) -> Any:
+        return tf.constant(np.random.default_rng(seed).normal(size=shape))
+
+    use: Any = {
+        "linear": lambda: uses.LinearUse(normal(7, 5, 4), normal(7, 5, 6, seed=1), (4, 6)),
+        "one position": lambda: uses.LinearUse(normal(7, 1, 4), normal(7, 1, 6, seed=1), (4, 6)),
+        "conv": lambda: uses.ConvUse(
+            normal(7, 6, 5, 4), normal(7, 3, 5, 6, seed=1), (3, 3), (2, 1), (1, 1), 2, ((1, 1), (1, 1)), (3, 3, 2, 6)
+        ),
+    }[name]()
+    expected = tf.reduce_sum(tf.square(tf.reshape(use.instantiate(), [7, -1])), axis=1)
+    lengths: list[int] = []
+    original = type(use).cut
+    monkeypatch.setattr(uses, "TILE", tile)
+    monkeypatch.setattr(type(use), "cut", lambda self, a, b: lengths.append(b - a) or original(self, a, b))
+    for turns in (7, 3):
+        monkeypatch.setattr(uses, "TURNS", turns)
+        for found in (uses.ghost_norm([use]), uses.instantiated_norm(use)):
+            assert np.allclose(found, expected, rtol=1e-10)
+    assert tile > 1 or lengths == 2 * [1] * 7 + 2 * [3, 3, 1]
+
+
+def test_strided_convolutions_with_a_small_kernel_are_checked_without_xla() -> None:
+    model = small(
+        L.Conv2D(3, 1, strides=2, padding="same", name="down"), L.Conv2D(3, 1, strides=(1, 2)), L.Flatten(), L.Dense(2), shape=(5, 6, 2)
+    )
+    x = data((5, 6, 2), 0)
+    expected = model(x)
+    assert not hazardous(model)
+    with sliced(model):
+        assert all("convolution_op" in layer.__dict__ for layer in model.layers[:2])
+        assert np.allclose(model(x), expected, rtol=1e-12)
+    assert not any("convolution_op" in layer.__dict__ for layer in model.layers)
+    engine.self_check(model, mean_squared_error, x, np.ones((B, 2)), engine.make_plan(model, x))
+
+
 @pytest.mark.parametrize("grouping", ["flat", "per_layer"])
 @pytest.mark.parametrize("two_pass", [False, True])
 def test_groups(grouping: str, two_pass: bool) -> None:
@@ -789,6 +854,34 @@ def test_the_backward_pass_of_a_graph_waits_for_the_norm_of_each_layer(two_pass:
     assert len(waiting) >= 3
     eager = bounded_sum(model, mean_squared_error, batch, plan).sums
     assert gap(traced(), {k: v.numpy() for k, v in eager.items()}) < 1e-12
+
+
+def test_what_norms_need_of_inputs_is_not_made_before_the_cotangent_is_there() -> None:
+    """Else a graph makes patches and normalised inputs of all layers in the forward pass, and keeps them: 1.5 times the memory."""
+    model = small(L.Conv2D(3, 3, padding="same"), L.GroupNormalization(1), L.Flatten(), L.Dense(2), shape=(6, 6, 2))
+    x = data((6, 6, 2), 0)
+    plan, batch = engine.make_plan(model, x), replace(engine.full_batch(x, np.ones((B, 2))), careful=False)
+    plain = tf.function(lambda: model(tf.constant(x)), autograph=False).get_concrete_function().graph
+    traced = tf.function(lambda: bounded_sum(model, mean_squared_error, batch, plan).sums, autograph=False)
+    operations = traced.get_concrete_function().graph.get_operations()
+    kinds = ("Pad", "SquaredDifference")
+    forward = sum(op.type in kinds for op in plain.get_operations())
+    made = [op for op in operations if op.type in kinds]
+    assert len(made) > forward
+    assert sum(not after_backward(op) for op in made) == forward
+
+
+def after_backward(operation: Any) -> bool:
+    """Whether an operation of a graph waits for one of the backward pass."""
+    seen, todo = set(), [operation]
+    while todo:
+        op = todo.pop()
+        if op.name.startswith("gradient_tape"):
+            return True
+        new = [*op.control_inputs, *(t.op for t in op.inputs)]
+        todo += [other for other in new if other.name not in seen]
+        seen |= {other.name for other in new}
+    return False
 
 
 @pytest.mark.parametrize("two_pass", [False, True])
