@@ -282,20 +282,30 @@ class ConvUse(Use):
         split = [self.groups, x.shape[-1] // self.groups] if self.groups > 1 else [x.shape[-1]]
         return tf.reshape(x, [x.shape[0], math.prod(x.shape[1:-1]), *split])
 
+    def by_group(self, u: Tensor) -> Tensor:
+        """``[B, S, groups, C]`` as ``[B groups, S, C]``; without groups as it is."""
+        return u if self.groups == 1 else tf.reshape(tf.transpose(u, [0, 2, 1, 3]), [-1, u.shape[1], u.shape[3]])
+
     def unfolds(self, padded: Tensor) -> bool:
         """Whether patches are faster than slices, and not too large."""
         slow = any(step > 1 for step in self.stride) or padded.shape[-1] <= FEW_CHANNELS
         small = math.prod(self.kernel) * padded.shape[-1] <= UNFOLD * self.g.shape[-1]
         return len(self.kernel) == 2 and self.groups == 1 and slow and small
 
+    def patches(self, padded: Tensor) -> Tensor:
+        """What each position sees of a padded input, ``[B, T, taps C]``, or ``[B, T, groups, taps C / groups]``."""
+        if len(self.kernel) == 2 and self.groups == 1:
+            sizes, strides, rates = ([1, *axes, 1] for axes in (self.kernel, self.stride, self.dilation))
+            found = tf.image.extract_patches(padded, sizes, strides, rates, "VALID")
+            return tf.reshape(found, [found.shape[0], -1, found.shape[-1]])
+        return tf.concat([self.grouped(padded[(slice(None), *where)]) for where in self.offsets()], axis=-1)
+
     def contract(self, g: Tensor, out: str) -> Tensor:
         """``out = "b"``: per-sample gradients for the cotangents ``g``; ``out = ""``: their sum."""
         taps: list[Any] = []
         g, padded = self.grouped(g), self.padded()
         if self.unfolds(padded):
-            sizes, strides, rates = ([1, *axes, 1] for axes in (self.kernel, self.stride, self.dilation))
-            patches = tf.image.extract_patches(padded, sizes, strides, rates, "VALID")
-            patches = tf.reshape(patches, [patches.shape[0], -1, patches.shape[-1]])  # [B, T, taps C]
+            patches = self.patches(padded)
             summed = tf.matmul(patches, g, transpose_a=True) if out else tf.tensordot(patches, g, axes=((0, 1), (0, 1)))
             return tf.reshape(summed, [*([self.x.shape[0]] if out else []), *self.shape])
         for where in self.offsets():
@@ -323,17 +333,21 @@ class ConvUse(Use):
         s, t, s2, t2 = one_x.shape[1:-1], self.g.shape[1:-1], two_x.shape[1:-1], other.g.shape[1:-1]
 
         def rows(u: Tensor) -> Tensor:
-            u = self.grouped(u)
-            return u if k == 1 else tf.reshape(tf.transpose(u, [0, 2, 1, 3]), [b * k, u.shape[1], u.shape[3]])
+            return self.by_group(self.grouped(u))
 
+        cotangents = tf.reshape(tf.matmul(rows(self.g), rows(other.g), transpose_b=True), [b * k, *t, *t2])
+        if math.prod(s) * math.prod(s2) > math.prod((*self.kernel, *t, *t2)):
+            # With strides the input is so much larger than the output that patches are the smaller thing.
+            one, two = (use.by_group(use.patches(x)) for use, x in ((self, one_x), (other, two_x)))
+            return tf.reshape(tf.matmul(one, two, transpose_b=True), [b * k, *t, *t2]), cotangents
         # Gram matrix of the input itself, not unfolded
         gram_x = tf.reshape(tf.matmul(rows(one_x), rows(two_x), transpose_b=True), [b * k, *s, *s2])
         total: Any = 0
-        for one, two in zip(self.offsets(), other.offsets(), strict=True):  # math.md section 2: shifted copies
+        for where, and_where in zip(self.offsets(), other.offsets(), strict=True):  # math.md section 2: shifted copies
             with tf.control_dependencies([total] if tf.is_tensor(total) else []):
-                shifted = gram_x[(slice(None), *one, *two)]
+                shifted = gram_x[(slice(None), *where, *and_where)]
             total = total + shifted
-        return total, tf.reshape(tf.matmul(rows(self.g), rows(other.g), transpose_b=True), [b * k, *t, *t2])
+        return total, cotangents
 
     def inner(self, other: Use) -> Tensor | None:
         if not isinstance(other, ConvUse) or (self.shape, self.groups) != (other.shape, other.groups):
