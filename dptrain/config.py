@@ -199,7 +199,8 @@ class Performance(Part):
         compile: ``tf.function`` / ``torch.compile``; ``auto`` compiles in TensorFlow and runs torch eagerly.
         decision: rule that chooses the norm method per layer.
         gradients: ``book_keeping`` rebuilds the clipped sum from what was measured; ``two_pass`` runs a second backward pass.
-        prefer: ``memory`` stands for ``two_pass`` and the decision ``space``, whatever those two say: larger batches, slower steps.
+        prefer: ``memory`` lets no per-sample gradient outlive its norm, and stands for the decision ``space``, whatever that says: larger
+            batches, slower steps.
         precision: ``float32`` or ``float64``.
         device: ``auto``, ``cpu``, ``cuda`` or another name the framework knows.
         check_bounds: compare proven bounds with the per-sample gradient norms of synthetic examples, before and after training.
@@ -223,7 +224,7 @@ class Performance(Part):
     @property
     def two_pass(self) -> bool:
         """Whether the clipped sum comes from a second backward pass."""
-        return self.prefer == "memory" or self.gradients == "two_pass"
+        return self.gradients == "two_pass"
 
     @property
     def norm_decision(self) -> Decision:

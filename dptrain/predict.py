@@ -107,7 +107,7 @@ def plain_cost(layer: LayerInfo) -> float:
     return products + traffic
 
 
-def norm_cost(layer: LayerInfo, method: Method) -> float:
+def norm_cost(layer: LayerInfo, method: Method, lean: bool = False) -> float:
     """Work per example of a norm and of the weighted sum, in place of the weight gradient of plain training."""
     if method == "none":
         return 0.0
@@ -117,15 +117,17 @@ def norm_cost(layer: LayerInfo, method: Method) -> float:
     if layer.kind not in (LINEAR, CONV):
         return NORM_COST * 2 * MEMORY_COST * layer.positions * layer.fan_out
     way = ghost_cost(layer) if method == "ghost" else instantiate_cost(layer)
+    if lean and method == "instantiate":  # the gradient is not at hand any more when the sum is taken
+        way += SUM_COST * layer.positions * gradient_size(layer)
     return NORM_COST * (way - SUM_COST * layer.positions * gradient_size(layer))
 
 
-def kept(layer: LayerInfo, method: Method) -> int:
+def kept(layer: LayerInfo, method: Method, lean: bool = False) -> int:
     """Floats per example that live from a layer's backward pass until the weighted sum."""
     outputs = layer.positions * layer.fan_out
     if method == "none":
         return 0
-    if method == "ghost":
+    if method == "ghost" or (lean and layer.kind in (LINEAR, CONV)):
         return numbers_in(layer) + outputs
     return gradient_size(layer) if layer.kind in (LINEAR, CONV, EMBEDDING) else layer.num_params
 
@@ -142,7 +144,7 @@ def methods(layer: LayerInfo, chosen: Method) -> tuple[Method, ...]:
     return ("ghost", "instantiate") if has_ghost_norm(layer) else ("instantiate",)
 
 
-def predict(plan: Plan, batch: int, rate: float, *, two_pass: bool = False, float_bytes: int = 4) -> Prediction:
+def predict(plan: Plan, batch: int, rate: float, *, two_pass: bool = False, lean: bool = False, float_bytes: int = 4) -> Prediction:
     """The predicted cost of a step over one physical batch.
 
     Args:
@@ -150,11 +152,12 @@ def predict(plan: Plan, batch: int, rate: float, *, two_pass: bool = False, floa
         batch: B, examples in the physical batch.
         rate: multiply-adds per second of a batched matrix product, as ``backend.product_rate()`` measures it.
         two_pass: whether the sum is taken in a second backward pass.
+        lean: whether no per-sample gradient outlives its norm.
         float_bytes: bytes of a number.
     Returns:
         The prediction.
     """
-    layers = tuple(layer_cost(layer, plan.norms[layer.name], batch, rate, float_bytes) for layer in plan.layers)
+    layers = tuple(layer_cost(layer, plan.norms[layer.name], batch, rate, float_bytes, lean) for layer in plan.layers)
     parameters = sum(layer.num_params for layer in plan.layers)
     private = plan.needs_norms
     plain = sum(cost.plain_seconds for cost in layers) + UPDATE_COST * parameters / rate
@@ -162,19 +165,19 @@ def predict(plan: Plan, batch: int, rate: float, *, two_pass: bool = False, floa
     if two_pass and private:  # the second pass computes the cotangents again
         ours += sum(2 / 3 * cost.plain_seconds for cost in layers)
     stored = float_bytes * 2 * parameters + sum(cost.plain_bytes for cost in layers)
-    return Prediction(layers, plain, ours, stored, peak(plan, layers, batch, two_pass, float_bytes), batch)
+    return Prediction(layers, plain, ours, stored, peak(plan, layers, batch, two_pass, float_bytes, lean), batch)
 
 
-def layer_cost(layer: LayerInfo, method: Method, batch: int, rate: float, float_bytes: int) -> LayerCost:
+def layer_cost(layer: LayerInfo, method: Method, batch: int, rate: float, float_bytes: int, lean: bool = False) -> LayerCost:
     """The prediction for one layer."""
     plain = batch * plain_cost(layer) / rate
-    seconds = {way: plain + batch * norm_cost(layer, way) / rate for way in methods(layer, method)}
+    seconds = {way: plain + batch * norm_cost(layer, way, lean) / rate for way in methods(layer, method)}
     size = float_bytes * batch
-    held = {way: float(size * (kept(layer, way) + scratch(layer, way))) for way in methods(layer, method)}
+    held = {way: float(size * (kept(layer, way, lean) + scratch(layer, way))) for way in methods(layer, method)}
     return LayerCost(layer.name, method, plain, seconds, float(size * (numbers_in(layer) + layer.positions * layer.fan_out)), held)
 
 
-def peak(plan: Plan, layers: tuple[LayerCost, ...], batch: int, two_pass: bool, float_bytes: int) -> float:
+def peak(plan: Plan, layers: tuple[LayerCost, ...], batch: int, two_pass: bool, float_bytes: int, lean: bool = False) -> float:
     """Bytes at the worst moment: the backward pass frees what the forward pass kept, layer by layer, and keeps what the sum needs."""
     size, parameters = float_bytes * batch, sum(layer.num_params for layer in plan.layers)
     waiting, held, worst = sum(cost.plain_bytes for cost in layers), 0.0, 0.0
@@ -182,7 +185,7 @@ def peak(plan: Plan, layers: tuple[LayerCost, ...], batch: int, two_pass: bool, 
         worst = max(worst, waiting + held + cost.bytes[cost.method])
         if not two_pass:  # a second pass needs all that was stored, and nothing else
             waiting -= cost.plain_bytes
-            held += size * kept(info, cost.method)
+            held += size * kept(info, cost.method, lean)
     return worst + float_bytes * (4 if plan.needs_norms else 2) * parameters  # weights, sums; noise, the noisy sum
 
 
@@ -198,4 +201,5 @@ def predicted(setup: Setup, batch: int | None = None) -> Prediction:
     performance = setup.config.performance
     size = 8 if performance.precision == "float64" else 4
     rate = setup.backend.product_rate()
-    return predict(setup.plan, batch or performance.physical_batch_size, rate, two_pass=performance.two_pass, float_bytes=size)
+    batch, lean = batch or performance.physical_batch_size, performance.prefer == "memory"
+    return predict(setup.plan, batch, rate, two_pass=performance.two_pass, lean=lean, float_bytes=size)

@@ -129,9 +129,7 @@ class TensorFlowBackend:
         return update.zeros(model)
 
     def bounded_sum(self, model: Any, loss: Any, batch: Batch, plan: Plan, two_pass: bool = False) -> Grads:
-        # Arrays are freed at their last use in a graph, so book-keeping needs less here than a tape that is played twice.
-        lean = self.performance.prefer == "memory"
-        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass and not lean, lean=lean)
+        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass, lean=self.performance.prefer == "memory")
 
     def add(self, total: Grads, part: Grads) -> Grads:
         return update.add(total, part)

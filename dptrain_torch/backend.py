@@ -116,7 +116,7 @@ class TorchBackend:
         return update.zeros(model)
 
     def bounded_sum(self, model: nn.Module, loss: Any, batch: Batch, plan: Plan, two_pass: bool = False) -> Grads:
-        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass)
+        return gradients.bounded_sum(model, loss, batch, plan, two_pass=two_pass, lean=self.performance.prefer == "memory")
 
     def add(self, total: Grads, part: Grads) -> Grads:
         return update.add(total, part)

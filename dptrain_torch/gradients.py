@@ -110,10 +110,13 @@ class Accumulator:
         expected: parameter name -> number of uses in the forward pass.
         owners: parameter name -> layers that use it.
         keep: whether uses are kept for the weighted sum (book-keeping).
+        lean: whether they are kept as they came, although their per-sample gradients have been at hand: slower and smaller.
     """
 
-    def __init__(self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], batch: int, keep: bool) -> None:
-        self.plan, self.expected, self.owners, self.batch, self.keep = plan, expected, owners, batch, keep
+    def __init__(
+        self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], batch: int, keep: bool, lean: bool = False
+    ) -> None:
+        self.plan, self.expected, self.owners, self.batch, self.keep, self.lean = plan, expected, owners, batch, keep, lean
         self.group_of = {layer: group.name for group in plan.groups for layer in group.layers}
         self.waiting: dict[str, list[Use]] = {}
         self.ready: dict[str, list[Use]] = {}
@@ -134,13 +137,14 @@ class Accumulator:
         wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
         direct = all(isinstance(use, DirectUse) for use in uses)
         square = ghost_norm(uses) if wants_ghost and not direct else None
-        if square is None and not self.keep and len(uses) == 1 and not direct:
+        passing = self.lean or not self.keep
+        if square is None and passing and len(uses) == 1 and not direct:
             square = instantiated_norm(uses[0])
         elif square is None:
             gradient = uses[0].instantiate()
             for use in uses[1:]:
                 gradient = gradient + use.instantiate()
-            square, uses = square_sum(gradient), [DirectUse(gradient)]
+            square, uses = square_sum(gradient), [DirectUse(gradient)] if direct or not passing else uses
         group = self.group_of[self.owners[name][0]]
         self.squares[group] = self.squares[group] + square if group in self.squares else square
         if self.keep:
@@ -195,7 +199,14 @@ def weights_of(plan: Plan, norms: Mapping[str, Tensor], valid: Tensor, factor: T
 
 
 def bounded_sum(
-    model: nn.Module, loss: Loss, batch: Batch, plan: Plan, *, two_pass: bool = False, norms_out: dict[str, Tensor] | None = None
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    plan: Plan,
+    *,
+    two_pass: bool = False,
+    lean: bool = False,
+    norms_out: dict[str, Tensor] | None = None,
 ) -> Grads:
     """``sum_i w_ik g_ik`` for every group k of a plan.
 
@@ -205,6 +216,7 @@ def bounded_sum(
         batch: a physical batch.
         plan: groups, clipping norms and norm methods.
         two_pass: take the sum from a second backward pass.
+        lean: let no per-sample gradient outlive its norm.
         norms_out: filled with group -> norms ``[B]``, for diagnostics.
     Returns:
         The sums.
@@ -225,7 +237,7 @@ def bounded_sum(
     units, size = known_units(model, plan), batch_size(batch.x)
     with phase("forward"), torch.enable_grad(), Tap(units, size) as tap:
         losses = example_losses(loss, call_model(model, batch.x), batch.y, size)
-    found = tapped_sum(model, tap, losses, batch.mask, plan, batch.factor, two_pass=two_pass, norms_out=norms_out)
+    found = tapped_sum(model, tap, losses, batch.mask, plan, batch.factor, two_pass=two_pass, lean=lean, norms_out=norms_out)
     return bounded_sum(model, loss, batch, plan) if found is None else found  # a non-finite example would poison the native sum
 
 
@@ -257,6 +269,7 @@ def tapped_sum(
     factor: Tensor | None = None,
     *,
     two_pass: bool = False,
+    lean: bool = False,
     norms_out: dict[str, Tensor] | None = None,
     retain_graph: bool = False,
 ) -> Grads | None:
@@ -270,6 +283,7 @@ def tapped_sum(
         plan: groups, clipping norms and norm methods.
         factor: what the clipping norms are multiplied by.
         two_pass: take the sum from a second backward pass.
+        lean: let no per-sample gradient outlive its norm.
         norms_out: filled with group -> norms ``[B]``, for diagnostics.
         retain_graph: keep the graph for what else is to be asked of it.
     Returns:
@@ -286,7 +300,7 @@ def tapped_sum(
         for name in unit.params.values():
             owners.setdefault(name, []).append(unit.name)
     valid = mask & losses.detach().isfinite()
-    accumulator = Accumulator(plan, expected, owners, size, keep=not two_pass)
+    accumulator = Accumulator(plan, expected, owners, size, keep=not two_pass, lean=lean)
     with torch.enable_grad():
         total = torch.where(valid, losses, torch.zeros_like(losses)).sum()
     with phase("cotangents"), torch.no_grad():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.randomness import NOISE, RandomKey, StepNoise
-from dptrain_torch import clipped_sum, make_plan, per_sample_norms, self_check, validate
+from dptrain_torch import clipped_sum, gradients, make_plan, per_sample_norms, self_check, validate
 from dptrain_torch.engine import full_batch
 from dptrain_torch.gradients import Batch, bounded_sum
 from dptrain_torch.losses import cross_entropy
@@ -411,12 +411,31 @@ def test_zero_gradients_and_non_finite_examples_have_finite_weights() -> None:
     good = torch.tensor([0, 1, 4])
     for strategy in ("ghost", "per_sample"):
         for clipping in ("abadi", "automatic"):
-            for two_pass in (False, True):
+            for way in ({}, {"two_pass": True}, {"lean": True}):
                 plan = make_plan(model, x, strategy, clipping=clipping)
-                grads = bounded_sum(model, cross_entropy, full_batch(x, y), plan, two_pass=two_pass)
+                grads = bounded_sum(model, cross_entropy, full_batch(x, y), plan, **way)
                 clean = bounded_sum(model, cross_entropy, full_batch(x[good], y[good]), plan)
                 torch.testing.assert_close(grads.sums, clean.sums, rtol=1e-12, atol=1e-15)
                 assert float(grads.stats["nonfinite"]) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_lean_sum_keeps_no_per_sample_gradient_and_is_the_same(tied: bool) -> None:
+    first, head = nn.Linear(6, 6), nn.Linear(6, 3)
+    model = nn.Sequential(first, nn.Tanh(), first if tied else nn.Linear(6, 6), head).double()
+    plan, kept = make_plan(model, X, "per_sample", max_grad_norm=0.1), []
+
+    class Watched(gradients.Accumulator):
+        def finish(self, name: str) -> None:
+            super().finish(name)
+            kept.extend(use for use in self.ready[name] if isinstance(use, gradients.DirectUse) and use.gradient.dim() == 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "Accumulator", Watched)
+        lean = bounded_sum(model, cross_entropy, full_batch(X, Y), plan, lean=True).sums
+        assert not kept
+        torch.testing.assert_close(lean, bounded_sum(model, cross_entropy, full_batch(X, Y), plan).sums, rtol=1e-12, atol=1e-15)
+        assert len(kept) == len(plan.layers)
 
 
 def test_padding_has_weight_zero_whatever_it_holds() -> None:

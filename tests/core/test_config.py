@@ -128,10 +128,10 @@ def test_another_run_has_another_hash(change):
     assert config(**change).hash != config().hash
 
 
-def test_preferring_memory_stands_for_two_passes_and_the_rule_of_space():
+def test_preferring_memory_stands_for_the_rule_of_space():
     fast, small = config().performance, config(performance={"prefer": "memory", "decision": "measured"}).performance
     assert (fast.two_pass, fast.norm_decision) == (False, "time")
-    assert (small.two_pass, small.norm_decision) == (True, "space")
+    assert (small.two_pass, small.norm_decision) == (False, "space")
     assert config(performance={"gradients": "two_pass"}).performance.two_pass
 
 

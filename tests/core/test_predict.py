@@ -74,6 +74,12 @@ def test_two_passes_take_longer_and_keep_no_per_sample_gradient() -> None:
     assert of("per_sample", two_pass=True).bytes < of("per_sample").bytes
 
 
+def test_a_lean_sum_takes_longer_and_keeps_no_per_sample_gradient() -> None:
+    assert of("per_sample").seconds < of("per_sample", lean=True).seconds < of("per_sample", lean=True, two_pass=True).seconds
+    assert of("per_sample", lean=True).bytes < of("per_sample").bytes
+    assert (of("ghost", lean=True).seconds, of("ghost", lean=True).bytes) == (of("ghost").seconds, of("ghost").bytes)
+
+
 def test_double_precision_takes_twice_the_memory() -> None:
     plan = get_strategy("mixed_ghost").plan(ModelInfo(LAYERS))
     assert predict(plan, 8, 1e10, float_bytes=8).bytes == 2 * predict(plan, 8, 1e10).bytes
