@@ -1,20 +1,21 @@
-"""The privacy loss of one release on a grid, rounded so that it bounds the truth from above or from below.
+"""The privacy loss of one release on finitely many points, rounded so that it bounds the truth from above or from below.
 
-P, Q is the dominating pair of the release, the loss is log(P/Q) at x drawn from P. A cell of the real line between two
-grid losses carries masses (P_j, Q_j):
+P, Q is the dominating pair of the release, the loss is log(P/Q) at x drawn from P, increasing in x. The real line is
+cut into cells, whose masses are (P_j, Q_j); the points need no regular spacing, so they stand where they matter.
 
-- above: split P_j between the two ends so that both masses are kept ("Connect the Dots", Doroshenko et al. 2022,
-  arXiv:2207.04380, algorithm 1). The hockey-stick divergence can only grow. Computed cell by cell from normal tails,
-  not from second differences of delta: those lose everything once the grid is finer than about 1e-6.
-- below: merge the cell into one outcome (post-processing) of loss log(P_j/Q_j), cells placed so that this lies just
-  above a grid point, then round down.
+- above: split P_j between the losses at the two ends so that both masses are kept ("Connect the Dots", Doroshenko et
+  al. 2022, arXiv:2207.04380, algorithm 1, which holds for any set of losses). The hockey-stick divergence only grows.
+- below: merge the cell into one outcome (post-processing) of loss log(P_j/Q_j).
+
+Differences such as P_j - e^loss Q_j are written in terms of the two centres, q (N_mu - e^w N_0): their rounding error
+is then q times that of a normal tail, which matters at tiny sample rates. What is left of it is counted on the safe side.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,13 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)
+# A mass below it has lost its relative precision.
+_TINY = 1e-290
+# Half width, in noise standard deviations, of what the steering nodes see around each centre.
+_REACH = 10.5
+_NODES = 400
+# Share of the cells spread evenly over the support, whatever the tilt.
+_EVEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Pair:
 
     Args:
       sigma: noise standard deviation / L2 sensitivity.
-      q: Poisson sample rate.
+      q: Poisson sample rate, below 1.
       direction: "remove" (mixture against N(0)), "add" (N(0) against mixture) or "replace" (mixtures with +1/2, -1/2).
     """
 
@@ -43,242 +51,302 @@ class Pair:
         """Distance of the mixture's second centre from 0, in noise standard deviations."""
         return (0.5 if self.direction == "replace" else 1.0) / self.sigma
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The weights of the second centre, +shift in P and -shift in Q ("add" is mirrored, so that its loss rises)."""
+        return (0.0 if self.direction == "add" else self.q), (0.0 if self.direction == "remove" else self.q)
+
 
 @dataclass(frozen=True)
-class GridLoss:
-    """Masses `mass[i]` at the losses `(first + i) * interval + shift`, and `infinite` at plus infinity."""
+class PointLoss:
+    """Masses at finite losses (nats), and `infinite` at plus infinity."""
 
-    first: int
+    losses: Array
     mass: Array
     infinite: float
-    shift: float = 0.0
 
-    def losses(self, interval: float) -> Array:
-        """Returns the losses (nats) that carry the masses."""
-        points: Array = (self.first + np.arange(len(self.mass), dtype=np.float64)) * interval + self.shift
-        return points
+
+@dataclass(frozen=True)
+class Nodes:
+    """A quadrature of the loss of one release that steers and proves nothing: where, which loss, log of the weight."""
+
+    x: Array
+    loss: Array
+    log_weight: Array
 
 
 def _log_mix(w: Array, q: float) -> Array:
     """Returns log(1 - q + q e^w)."""
-    if q == 1.0:
-        return w
-    small = np.log1p(q * np.expm1(np.minimum(w, 30.0)))
-    out: Array = np.where(w < 30.0, small, np.logaddexp(math.log1p(-q), math.log(q) + w))
+    if q == 0.0:
+        return np.zeros_like(w)
+    y = q * np.expm1(np.minimum(w, 30.0))
+    small = np.log1p(y)
+    if q > 0.5:  # y near -1 has lost the digits of what is left of 1
+        small = np.where(y > -0.5, small, np.log((1 - q) + q * np.exp(np.minimum(w, 0.0))))
+    return small if w.max() < 30.0 else np.where(w < 30.0, small, np.logaddexp(math.log1p(-q), math.log(q) + w))
+
+
+def _share(w: Array, q: float) -> Array:
+    """Returns q e^w / (1 - q + q e^w): which part of the mixture's density comes from its second centre."""
+    if q == 0.0:
+        return np.zeros_like(w)
+    out: Array = 1.0 / (1.0 + (1 - q) / q * np.exp(-w))  # 0 where e^-w overflows: too large a share would be unsafe
     return out
 
 
-def _forward_loss(pair: Pair, z: Array) -> Array:
-    """Returns the loss of "remove" or "replace" at z standard deviations; increasing in z."""
+def _exponents(pair: Pair, x: Array) -> tuple[Array, Array]:
+    """Returns w with e^w the density at x of N(+shift), of N(-shift), over that of N(0)."""
     mu = pair.shift
-    loss: Array = _log_mix(mu * z - mu * mu / 2, pair.q)
-    if pair.direction == "replace":
-        loss = loss - _log_mix(-mu * z - mu * mu / 2, pair.q)
-    return loss
+    return mu * x - mu * mu / 2, -mu * x - mu * mu / 2
 
 
-def _inverse_loss(pair: Pair, loss: Array) -> Array:
-    """Returns the z (noise standard deviations) at which `_forward_loss` takes the given values, or -inf below all."""
-    mu, q = pair.shift, pair.q
-    if q == 1.0:
-        return loss / (2 * mu) if pair.direction == "replace" else loss / mu + mu / 2
-    if pair.direction == "replace":
-        # sinh(mu z - l/2) = beta sinh(l/2), beta = (1-q)/q e^(mu^2/2); by symmetry solve for |l|.
-        half = np.abs(loss) / 2
-        log_sinh = half + np.log(-np.expm1(-2 * half) / 2)
-        log_beta = math.log1p(-q) - math.log(q) + mu * mu / 2
-        x = log_beta + log_sinh
-        arc = np.where(x < 20, np.arcsinh(np.exp(np.minimum(x, 20))), x + math.log(2) + np.log1p(np.exp(-2 * x)) / 2)
-        return np.where(loss == 0, 0.0, np.sign(loss) * (arc + half) / mu)
-    # w = log((e^l - (1-q)) / q), in the form that keeps precision: near 0, far below, far above.
-    capped = np.minimum(loss, 30.0)
-    near = np.log1p(np.maximum(np.expm1(capped) / q, -1.0))
-    below = np.log(np.maximum(np.exp(capped) - (1 - q), 0.0)) - math.log(q)
-    above = loss - math.log(q) + np.log1p(-(1 - q) * np.exp(-np.maximum(loss, 1.0)))
-    w = np.where(loss < -0.5, below, np.where(loss < 30.0, near, above))
-    return w / mu + mu / 2
+def loss_at(pair: Pair, x: Array) -> Array:
+    """Returns the loss (nats) at x standard deviations."""
+    (up, down), (rise, fall) = pair.rates, _exponents(pair, x)
+    out: Array = _log_mix(rise, up) - _log_mix(fall, down)
+    return out
 
 
-def _normal(lower: Array, upper: Array) -> Array:
-    """Returns the standard normal mass of [lower, upper], relative precision kept in both tails."""
-    from scipy.special import ndtr  # type: ignore[import-untyped]
-
-    return np.where(lower > 0, ndtr(-lower) - ndtr(-upper), ndtr(upper) - ndtr(lower))
-
-
-def _masses(pair: Pair, lower: Array, upper: Array) -> tuple[Array, Array]:
-    """Returns the masses of [lower, upper] under the two sides of the forward pair."""
-    mu, q = pair.shift, pair.q
-    plain = _normal(lower, upper)
-    first = (1 - q) * plain + q * _normal(lower - mu, upper - mu)
-    second = (1 - q) * plain + q * _normal(lower + mu, upper + mu) if pair.direction == "replace" else plain
-    return first, second
-
-
-def _cells(pair: Pair, losses: Array) -> tuple[Array, Array]:
-    """Returns masses (P, Q) of the events {losses[i] <= loss < losses[i+1]}, for either direction."""
-    if pair.direction == "add":
-        z = _inverse_loss(pair, -losses)  # decreasing
-        mix, plain = _masses(pair, z[1:], z[:-1])
-        return plain, mix
-    z = _inverse_loss(pair, losses)
-    return _masses(pair, z[:-1], z[1:])
+def _loss_above(pair: Pair, x: Array) -> Array:
+    """Returns the loss (nats) at x, plus a bound on its rounding error."""
+    (up, down), mu = pair.rates, pair.shift
+    with np.errstate(all="ignore"):
+        above, below = _exponents(pair, x)
+        rise, fall = _log_mix(above, up), _log_mix(below, down)
+        slip = (_share(above, up) + _share(below, down)) * mu * (4 * np.abs(x) + 2 * mu)
+        out: Array = rise - fall + _EPS * (8 * (np.abs(rise) + np.abs(fall)) + slip)
+    return out
 
 
 def support(pair: Pair, log_upper: float, log_lower: float) -> tuple[float, float]:
-    """Returns losses (low, high) with P(loss < low) <= e^log_lower and P(loss > high) <= e^log_upper."""
-    from scipy.special import ndtri_exp
-
-    mu, q = pair.shift, pair.q
+    """Returns x (low, high) with P(x < low) <= e^log_lower and P(x > high) <= e^log_upper."""
+    from scipy.special import ndtri_exp  # type: ignore[import-untyped]
 
     def quantile(log_tail: float) -> float:
-        """z with upper tail e^log_tail under N(0, 1)."""
+        """x with upper tail e^log_tail under N(0, 1)."""
         return -float(ndtri_exp(min(log_tail, -math.log(2))))
 
-    if pair.direction == "add":
-        bottom, top = -quantile(log_upper), quantile(log_lower)
-        low, high = -_forward_loss(pair, np.array([top, bottom]))
-        return float(low), float(high)
+    up = pair.rates[0]
+    if up == 0.0:
+        return -quantile(log_lower), quantile(log_upper)
     half = math.log(2)
-    second = quantile(log_upper - half - math.log(q)) if log_upper - half < math.log(q) else -math.inf
-    first = quantile(log_upper - half) if q < 1 else -math.inf
-    top = max(first, mu + second if math.isfinite(second) else 0.0)
-    low, high = _forward_loss(pair, np.array([(mu if q == 1 else 0.0) - quantile(log_lower), top]))
-    return float(low), float(high)
+    high = quantile(log_upper - half)
+    if log_upper - half < math.log(up):
+        high = max(high, pair.shift + quantile(log_upper - half - math.log(up)))
+    return -quantile(log_lower), high
 
 
-def _tails(pair: Pair, low: float, high: float) -> tuple[Array, Array]:
-    """Returns P and Q masses of (loss < low, loss >= high)."""
-    edges = np.array([-np.inf, low, high, np.inf])
-    if pair.direction == "add":
-        z = _inverse_loss(pair, -edges[1:3])
-        ends = np.array([z[0], np.inf]), np.array([-np.inf, z[1]])
-        mix, plain = _masses(pair, np.array([ends[0][0], ends[1][0]]), np.array([ends[0][1], ends[1][1]]))
-        return plain, mix
-    z = _inverse_loss(pair, edges[1:3])
-    return _masses(pair, np.array([-np.inf, z[1]]), np.array([z[0], np.inf]))
-
-
-@lru_cache(maxsize=24)
-def discretise(pair: Pair, interval: float, log_upper: float, log_lower: float, pessimistic: bool) -> GridLoss:
-    """Returns the loss of one release on multiples of `interval`.
-
-    Args:
-      pair: the release and the direction.
-      interval: grid spacing (nats).
-      log_upper: log of the P mass that may be moved to plus infinity (pessimistic) or down to the last point.
-      log_lower: log of the P mass that may be moved up to the first point (pessimistic) or to minus infinity.
-      pessimistic: round so that every hockey-stick divergence, also after composition, can only grow; else shrink.
-
-    Guarantee: the composition of these bounds the composition of the releases on the stated side.
-    Source: Doroshenko et al. 2022, theorem 3.3 and lemma 3.1; Zhu, Dong, Wang 2022 (arXiv:2106.08567), theorem 10.
-    """
+def steering(pair: Pair, log_upper: float, log_lower: float) -> Nodes:
+    """Returns the nodes that steer: a plain rectangle rule over the support."""
     low, high = support(pair, log_upper, log_lower)
-    first, last = math.floor(low / interval), max(math.ceil(high / interval), math.floor(low / interval) + 1)
-    index = np.arange(first, last + 1, dtype=np.float64)
+    x = np.linspace(low, high, _NODES)
+    if high - low > 4 * _REACH:  # two separate humps
+        x = np.union1d(np.linspace(low, _REACH, _NODES // 2), np.linspace(max(pair.shift - _REACH, _REACH), high, _NODES // 2))
     with np.errstate(all="ignore"):
-        if pessimistic:
-            return _round_up(pair, interval, first, index)
-        return _round_down(pair, interval, index)
+        log_density = _log_mix(_exponents(pair, x)[0], pair.rates[0]) - x * x / 2
+        log_weight = log_density + np.log(np.gradient(x))
+    log_weight -= np.logaddexp.reduce(log_weight)
+    return Nodes(x, loss_at(pair, x), log_weight)
 
 
-def _round_up(pair: Pair, interval: float, first: int, index: Array) -> GridLoss:
-    losses = index * interval
-    mass, other = _cells(pair, losses)
-    (below, beyond), _ = _tails(pair, float(losses[0]), float(losses[-1]))
-    # Solve u + v = P_j, u e^-a + v e^-(a+h) = Q_j for the part v that goes to the upper end.
-    weight = other * np.exp(np.minimum(losses[:-1], 700.0))
-    upper = (mass - weight) / -math.expm1(-interval)
-    # Rounding of the masses moves v by about this much; move it up.
-    slack = 16 * _EPS * (_smaller_tail(mass) + _smaller_tail(weight)) / -math.expm1(-interval)
-    upper = np.clip(np.nan_to_num(upper + slack, nan=np.inf), 0.0, mass)
-    out = np.zeros(len(index))
-    out[:-1] += mass - upper
-    out[1:] += upper
-    out[0] += below
-    return GridLoss(first, out, float(beyond) * (1 + 1e-12))
-
-
-def _smaller_tail(mass: Array) -> Array:
-    """Returns, per cell, the size of the normal tail it was computed from: that scales the rounding error."""
-    rising = np.cumsum(mass)
-    falling = np.cumsum(mass[::-1])[::-1]
-    out: Array = np.minimum(rising, falling)
+def tilted(nodes: Nodes, tilt: float, cut: float) -> Array:
+    """Returns the weights of the nodes under e^(tilt * loss), for losses below the cut."""
+    exponent = np.where(nodes.loss < cut, nodes.log_weight + tilt * nodes.loss, -np.inf)
+    weight = np.exp(exponent - exponent.max())
+    out: Array = weight / weight.sum()
     return out
 
 
-def _round_down(pair: Pair, interval: float, index: Array) -> GridLoss:
-    # Cell i lies between edges[i] and edges[i+1], the outer edges are infinite; it is meant for base + i * interval.
-    n = len(index)
-    anchor, centre = _anchor(pair, interval, index)
-    base = centre - anchor * interval
-    targets = base + np.arange(n) * interval
-    edges = np.concatenate([[-np.inf], targets[:-1] + interval / 2, [np.inf]])
-    for _ in range(_SWEEPS if n < 1 << 17 else 3):
-        mass, other = _cells(pair, edges)
-        gap = np.nan_to_num(targets - np.log(mass / other), nan=0.0, posinf=0.0, neginf=0.0)
-        gap = np.clip(gap, -interval / 4, interval / 4)
-        # An edge moves the loss of both its cells by about half, so the shifts c obey (c_i + c_i+1) / 2 = gap_i.
-        edges[anchor + 2 : n] += _outwards(gap[anchor + 1 : n - 1])
-        edges[1:anchor] += _outwards(gap[1:anchor][::-1])[::-1]
-        edges = np.maximum.accumulate(edges)
-    mass, other = _cells(pair, edges)
-    short = (targets - np.log(mass / other)) / interval
-    known = np.isfinite(short) & (mass > 0)
-    mass, short = np.where(known, mass, 0.0), np.where(known, short, 0.0)
-    # Lowering the whole grid by a small share of a cell costs that much; a cell left short of its point costs a cell.
-    choices = 2.0 ** -np.arange(1, 24)
-    cost = [share + float(mass @ np.ceil(np.maximum(short - share, 0.0))) for share in choices]
-    share = float(choices[int(np.argmin(cost))]) + 1e-7
-    position = np.arange(n) - np.ceil(np.maximum(short - share + 1e-7, 0.0))
-    out = np.zeros(n)
-    usable = position >= 0
-    np.add.at(out, position[usable].astype(np.int64), mass[usable] * (1 - 1e-12))
-    return GridLoss(0, out, 0.0, base - share * interval)
+def spread_cells(nodes: Nodes, weight: Array, other: Array) -> tuple[Array, float]:
+    """Returns where cells should lie, and how coarse they are.
+
+    Args:
+      nodes: of the release.
+      weight: how much the squared width of a cell at each node matters.
+      other: another weight, which gets a share of the cells (that of the tilt the composition is computed with).
+
+    Returns:
+      (share of the cells that lie below each node, weighted sum of (cell width * number of cells)^2).
+
+    For a fixed number of cells their density is best proportional to weight^(1/3) (per nat).
+    """
+    width, rise = np.gradient(nodes.x), np.maximum(np.gradient(nodes.loss), 1e-300)
+    density = _EVEN * width / width.sum()
+    for share, mass in ((1 - 2 * _EVEN, weight), (_EVEN, other)):
+        wanted = mass * rise * rise
+        wanted = np.cbrt(np.maximum(wanted / max(float(wanted.max()), 1e-300), 1e-30))
+        density += share * wanted / wanted.sum()
+    shares = np.cumsum(density) - density / 2
+    shares[0], shares[-1] = 0.0, 1.0
+    return shares, float(weight @ (rise / density) ** 2)
 
 
-_SWEEPS = 8
-_DAMPING = 0.8
-_KERNEL = (1 + _DAMPING) * (-_DAMPING) ** np.arange(40)
+def place_cells(nodes: Nodes, shares: Array, cells: int) -> Array:
+    """Returns `cells` + 1 increasing edges over the support."""
+    return np.unique(np.interp(np.linspace(0.0, 1.0, cells + 1), shares, nodes.x))
 
 
-def _outwards(gap: Array) -> Array:
-    """Returns c with (c_i-1 + c_i) / 2 close to gap_i, damped so that noise in the tails does not add up."""
-    return np.convolve(gap, _KERNEL)[: len(gap)] if len(gap) else gap
+class _Cells:
+    """Normal masses of the cells between `edges` around the three centres, with bounds on their rounding errors."""
+
+    def __init__(self, pair: Pair, edges: Array) -> None:
+        self.pair, self.edges = pair, edges
+        self.up, self.down = pair.rates
+        self.rise, self.fall = _exponents(pair, np.clip(edges, -1e150, 1e150))
+        self.plain, self.plain_error = self._normal(0.0)
+        zero = np.zeros_like(self.plain)
+        self.plus, self.plus_error = self._normal(pair.shift) if self.up else (zero, zero)
+        self.minus, self.minus_error = self._normal(-pair.shift) if self.down else (zero, zero)
+
+    def _normal(self, centre: float) -> tuple[Array, Array]:
+        """Returns masses under N(centre, 1), relative precision kept in both tails, and their errors."""
+        from scipy.special import ndtr
+
+        x = self.edges - centre
+        tail = ndtr(-np.abs(x))
+        positive = x > 0
+        inner = np.abs(np.diff(tail))
+        mass = np.where(positive[1:] != positive[:-1], 1.0 - tail[1:] - tail[:-1], inner)
+        # The roundings of x and of its square move a tail by up to 2 x^2 roundings.
+        error = np.nan_to_num(_EPS * (16 + 2 * x * x) * tail, nan=0.0)
+        crossing = np.where(positive[1:] != positive[:-1], 2 * _EPS, 0.0)
+        return mass, error[1:] + error[:-1] + crossing
+
+    def first(self) -> tuple[Array, Array]:
+        """Returns the masses under P and their errors."""
+        return (
+            (1 - self.up) * self.plain + self.up * self.plus,
+            2 * ((1 - self.up) * self.plain_error + self.up * self.plus_error),
+        )
+
+    def second(self) -> tuple[Array, Array]:
+        """Returns the masses under Q and their errors."""
+        return (
+            (1 - self.down) * self.plain + self.down * self.minus,
+            2 * ((1 - self.down) * self.plain_error + self.down * self.minus_error),
+        )
+
+    def difference(self) -> tuple[Array, Array]:
+        """Returns P - Q of each cell and its error."""
+        value = self.up * (self.plus - self.plain) - self.down * (self.minus - self.plain)
+        error = self.up * (self.plus_error + self.plain_error) + self.down * (self.minus_error + self.plain_error)
+        return value, 2 * error + 8 * _EPS * np.abs(value)
+
+    def excess(self) -> Array:
+        """Returns P - e^a Q of each cell, a the loss at its lower end, rounded up; it is not negative."""
+        up, down = self.up, self.down
+        rise, fall = np.exp(self.rise[:-1]), np.exp(self.fall[:-1])
+        slip = self.slip()
+        total = np.zeros_like(self.plain)
+        if up:
+            value = self.plus - rise * self.plain
+            error = self.plus_error + rise * (self.plain_error + slip * self.plain)
+            total += up * (1 - down) * (np.maximum(value, 0.0) + error)
+        if down:
+            value = fall * self.plain - self.minus
+            error = self.minus_error + fall * (self.plain_error + slip * self.plain)
+            total += (1 - up) * down * (np.maximum(value, 0.0) + error)
+        if up and down:
+            value = fall * self.plus - rise * self.minus
+            error = fall * (self.plus_error + slip * self.plus) + rise * (self.minus_error + slip * self.minus)
+            total += up * down * (np.maximum(value, 0.0) + error)
+        return total / (1 - down + down * fall) * (1 + 32 * _EPS + 4 * slip)
+
+    def slip(self) -> Array:
+        """Returns a bound on the relative error of e^w at the lower ends."""
+        mu = self.pair.shift
+        out: Array = _EPS * (4 + 2 * mu * np.abs(self.edges[:-1]) + mu * mu)
+        return out
+
+    def widths(self) -> Array:
+        """Returns the loss at the upper end of each cell minus that at the lower end, relative precision kept."""
+        step = np.minimum(self.pair.shift * np.diff(self.edges), 700.0)
+        rise, fall = _share(self.rise[:-1], self.up), _share(self.fall[:-1], self.down)
+        out: Array = np.log1p(rise * np.expm1(step)) - np.log1p(fall * np.expm1(-step))
+        return out
 
 
-def _anchor(pair: Pair, interval: float, index: Array) -> tuple[int, float]:
-    """Returns a cell where the loss piles up and the merged loss of the cell of one interval around it."""
-    last = len(index) - 1
-    if pair.q == 1.0:
-        anchor, step = last // 2, 0.0
-    else:
-        anchor, step = {"remove": (0, 0.5), "add": (last, -0.5), "replace": (int(np.clip(-index[0], 0, last)), 0.0)}[pair.direction]
-    centre = float(index[anchor]) * interval
-    for _ in range(20):
-        low = centre - interval / 2 if anchor > 0 else -np.inf
-        high = centre + interval / 2 if anchor < last else np.inf
-        mass, other = _cells(pair, np.array([low, high]))
-        merged = float(np.log(mass[0] / other[0]))
-        if not math.isfinite(merged):
-            centre += step * interval  # the loss never gets this far
-            continue
-        moved, centre = abs(merged - centre), merged
-        if moved < 1e-9 * interval:
-            break
-    return anchor, centre
+def round_up(pair: Pair, edges: Array) -> PointLoss:
+    """Returns the loss of one release moved to the losses at `edges` so that every hockey-stick divergence can only grow.
+
+    Args:
+      pair: the release and the direction.
+      edges: increasing and finite; what lies below the first is moved up to it, above the last to plus infinity.
+
+    Guarantee: the composition of such losses bounds the composition of the releases from above.
+    Source: Doroshenko et al. 2022, theorem 3.3 and lemma 3.1; Zhu, Dong, Wang 2022 (arXiv:2106.08567), theorem 10.
+    """
+    with np.errstate(all="ignore"):  # what overflows or divides by zero is moved to the upper end
+        cells = _Cells(pair, edges)
+        mass, error = cells.first()
+        mass = mass + error
+        # Solve u + v = P_j, u e^-a + v e^-(a+h) = Q_j for the part v that goes to the upper end.
+        slip = 64 * _EPS + 4 * cells.slip() + 4 * _EPS * pair.shift * np.diff(edges)
+        upper = cells.excess() / -np.expm1(-cells.widths()) * (1 + slip)
+        upper = np.clip(np.nan_to_num(upper, nan=np.inf), 0.0, mass)
+        out = np.zeros(len(edges))
+        out[:-1] += mass - upper
+        out[1:] += upper
+        outside, beyond = _tails(pair, float(edges[0]), float(edges[-1]))
+        out[0] += outside
+    return PointLoss(np.maximum.accumulate(_loss_above(pair, edges)), out, beyond)
 
 
-@lru_cache(maxsize=4096)
-def loss_spread(pair: Pair) -> float:
-    """Returns the standard deviation of the loss of one release (nats), to a per cent: it sets the grid."""
-    grid = np.linspace(-10.0, 10.0, 1001)
-    weight = np.exp(-grid * grid / 2)
-    weight /= weight.sum()
-    centre = 0.0 if pair.direction == "add" else pair.shift
-    share = 1.0 if pair.direction == "add" else 1 - pair.q
+def _tails(pair: Pair, low: float, high: float) -> tuple[float, float]:
+    """Returns the P mass below `low` and that above `high`, rounded up."""
+    from scipy.special import ndtr
+
+    up, mu = pair.rates[0], pair.shift
+    below = (1 - up) * float(ndtr(low)) + up * float(ndtr(low - mu))
+    above = (1 - up) * float(ndtr(-high)) + up * float(ndtr(mu - high))
+    return below * (1 + 1e-12), above * (1 + 1e-12)
+
+
+def round_down(pair: Pair, edges: Array) -> PointLoss:
+    """Returns the loss of one release with each cell merged into one outcome; the outer cells are infinite.
+
+    Guarantee: the composition of such losses bounds the composition of the releases from below.
+    """
     with np.errstate(all="ignore"):
-        plain, moved = _forward_loss(pair, grid), _forward_loss(pair, grid + centre)
-    mean = share * float(weight @ plain) + (1 - share) * float(weight @ moved)
-    square = share * float(weight @ (plain - mean) ** 2) + (1 - share) * float(weight @ (moved - mean) ** 2)
-    return math.sqrt(square)
+        cells = _Cells(pair, np.concatenate([[-np.inf], edges, [np.inf]]))
+        (mass, mass_error), (other, other_error), (gap, gap_error) = cells.first(), cells.second(), cells.difference()
+        gap = gap - gap_error
+        ratio = gap / np.where(gap > 0, other + other_error, other - other_error)
+        small = np.maximum(mass - mass_error, 0.0)
+        losses = np.where(ratio > -0.5, np.log1p(np.maximum(ratio, -0.5)), np.log(small / (other + other_error)))
+        losses = losses - 8 * _EPS * np.abs(losses)
+    usable = np.isfinite(losses) & (small > _TINY) & (other > other_error)
+    if usable.sum() < 2:
+        raise ArithmeticError("the masses of the cells are lost in rounding")
+    losses, small = losses[usable], small[usable]
+    losses[-1] = min(losses[-1], losses[-2])  # an outlier that a tilt would blow up
+    return PointLoss(losses, small, 0.0)
+
+
+def single_epsilon(pair: Pair, log_delta: float) -> float:
+    """Returns an upper bound on epsilon (nats) of one release, from the hockey-stick divergence itself: near exact."""
+    low, high = support(pair, log_delta - 1.0, log_delta - 1.0)
+    target = math.exp(log_delta) * (1 - 1e-12)
+    x = _bisect(lambda x: _beyond(pair, x) <= target, low, high)
+    return max(0.0, float(_loss_above(pair, np.array([x]))[0])) if _beyond(pair, x) <= target else math.inf
+
+
+def single_log_delta(pair: Pair, epsilon: float) -> float:
+    """Returns an upper bound on log delta of one release at this epsilon (nats): near exact."""
+    low, high = support(pair, -700.0, -700.0)
+    x = _bisect(lambda x: float(_loss_above(pair, np.array([x]))[0]) > epsilon, low, high, last=True)
+    return min(0.0, math.log(max(_beyond(pair, x), 1e-300))) if float(_loss_above(pair, np.array([x]))[0]) <= epsilon else 0.0
+
+
+def _bisect(holds: Callable[[float], bool], low: float, high: float, *, last: bool = False) -> float:
+    """Returns the smallest x found from which on a condition holds; with `last`, the largest found before it does."""
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return low if last else high
+
+
+def _beyond(pair: Pair, x: float) -> float:
+    """Returns P(X > x) - e^a Q(X > x), a the loss at x, rounded up: delta at epsilon = a."""
+    with np.errstate(all="ignore"):
+        return float(_Cells(pair, np.array([x, np.inf])).excess()[0])

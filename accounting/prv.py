@@ -1,8 +1,10 @@
 """`prv`: numerical composition of the privacy loss distribution. Near exact, always from above.
 
-The loss of one release is rounded up to a grid (`discretise`) and composed by FFT (`composition`), on two or three
-grids; the smallest of these bounds and of `rdp` is reported. The loss rounded down gives a certified lower value, so
-the gap is visible. Full-batch releases (sample rate 1) compose to one Gaussian in closed form.
+The loss of one release is rounded up to a few hundred losses (`discretise`) and composed by a Fourier sum
+(`composition`); the smaller one of this bound and of `rdp` is reported. The loss rounded down gives a certified lower
+value, so the gap is visible. Full-batch releases (sample rate 1) compose to one Gaussian, one release needs no grid.
+
+Where to look and how finely is learned from rough bounds first (`_View`): whatever the choice, the bound is valid.
 
 Both steps are our own because dp-accounting's lose what is needed here: its second differences of delta fail on grids
 finer than about 1e-6, and its FFT has an absolute error of 1e-16 per release. Its distributions are the test oracle.
@@ -21,19 +23,31 @@ from accounting.events import Events, SampledGaussian, normalise
 from accounting.rdp import Pairs, RDPAccountant
 
 if TYPE_CHECKING:
-    from accounting.discretise import Pair
+    from accounting.composition import Composition
+    from accounting.discretise import Array, PointLoss
 
-# Grid spacing / root-mean-square spread of the loss of one release. The excess falls with its square, so two grids
-# show how much is left; if that is still too much, a third one is tried.
-_SPACINGS = (1 / 8, 1 / 16)
-_FINE = 1 / 48
-_LOWER = 1 / 48
+# Excess of epsilon aimed at (relative): for the value reported, for a direction that only has to stay below it, and
+# for the certified lower value.
+_TOLERANCE = 2e-4
+_ROUGH = 4e-3
+_LOWER_TOLERANCE = 1e-3
 # Excess left in epsilon (relative) and in log delta that is good enough.
-_GOOD = 4e-4
+_GOOD = 3e-4
 _GOOD_LOG_DELTA = 5e-4
-_MAX_SUPPORT = 1 << 20
-# Shares of delta (log) that may be moved to plus infinity in all releases together.
+# An epsilon below this share of the spread of the composed loss is found to within that share's tolerance.
+_SMALL_EPSILON = 0.03
+# Excess of log delta that is accepted where epsilon is so large that its tolerance would exceed all spread.
+_BLUR = 0.3
+_FEWEST_CELLS, _MOST_CELLS = 64, 1500
+# How often a low guess of delta is corrected.
+_MOST_AIMS = 3
+# Rough bounds from which a view learns, and over how many nodes on both sides it takes means.
+_MOST_ROUGH, _FEW, _MOST_POINTS = 6, 2, 1000
+# Shares of delta (log) that may be moved to plus infinity, and of the mass moved up from below, in all releases together.
 _LOG_SHARE = -11.0
+_LOW_TAIL = -12.0
+# Log of the smallest delta for which normal tails keep their relative precision; `rdp` serves below.
+_LEAST_LOG_DELTA = -600.0
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,10 @@ class Detail:
     Args:
       epsilon: the reported upper bound (nats).
       lower: a certified lower bound on the true epsilon (nats).
-      grid_epsilon: the upper bound from the grid, infinite if no grid fitted.
+      grid_epsilon: the upper bound from the grid, infinite if none is certified.
       rdp_epsilon: the upper bound from `rdp`.
       method: "none" (no releases), "gaussian" (closed form), "grid", or "rdp" (the recorded fallback).
-      interval: grid spacing used (nats), 0 without a grid.
+      interval: root mean square of the widths of the cells used (nats), 0 without a grid.
     """
 
     epsilon: float
@@ -78,8 +92,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return start * (1 + 1e-10)
 
 
-def gaussian_log_delta(mu: float, epsilon: float) -> float:
-    """Returns log delta of the same mechanism, rounded up by more than its rounding error."""
+def gaussian_log_delta(mu: float, epsilon: float, *, upper: bool = True) -> float:
+    """Returns log delta of the same mechanism, rounded up (or down) by more than its rounding error."""
     from scipy.special import log_ndtr  # type: ignore[import-untyped]
 
     first = float(log_ndtr(mu / 2 - epsilon / mu))
@@ -87,7 +101,17 @@ def gaussian_log_delta(mu: float, epsilon: float) -> float:
     # log(e^first - e^second): the rounding of both is relative to their size, which epsilon and mu scale.
     error = 1e-14 * (1.0 + abs(first) + epsilon)
     gap = min(second - first, -1e-300)
+    if not upper:
+        return first + math.log(-math.expm1(gap + error)) - error if gap + error < 0 else -math.inf
     return min(0.0, first + math.log(-math.expm1(gap - error)) + error)
+
+
+def _gaussian_lower(mu: float, delta: float, upper: float) -> float:
+    """Returns a certified lower bound, not far below an upper one."""
+    lower, step = upper * (1 - 1e-9), 1e-9 * upper
+    while lower > 0 and gaussian_log_delta(mu, lower, upper=False) <= math.log(delta):
+        lower, step = lower - step, 2 * step
+    return max(lower, 0.0)
 
 
 class PRVAccountant:
@@ -130,19 +154,20 @@ class PRVAccountant:
         return _detail_of(self.relation, pairs, delta, certify)
 
     def _compute(self, pairs: Pairs, delta: float, certify: bool) -> Detail:
-        rdp = self._rdp.epsilon(pairs, delta)
         mu, sampled = _split(pairs)
+        if not mu and not certify and _log_sampled(sampled) <= math.log(delta):
+            return Detail(0.0, 0.0, 0.0, math.inf, "grid", 0.0)  # an example that is never sampled leaves no trace
+        rdp = self._rdp.epsilon(pairs, delta)
         if not sampled:
             exact = gaussian_epsilon(mu, delta)
-            return Detail(min(exact, rdp), exact * (1 - 1e-9), exact, rdp, "gaussian", 0.0)
+            return Detail(min(exact, rdp), _gaussian_lower(mu, delta, exact), exact, rdp, "gaussian", 0.0)
         log_delta = math.log(delta)
-        grid, interval = self._upper(mu, sampled, log_delta=log_delta, budget=log_delta)
+        grid, interval = self._upper(mu, sampled, _Question(log_delta))
         best = min(grid, rdp)
         method = "grid" if grid <= rdp else "rdp"
         if not certify:
             return Detail(best, 0.0, grid, rdp, method, interval)
-        found = self._evaluate(mu, sampled, _LOWER, upper=False, log_delta=log_delta, budget=log_delta)
-        lower = max(0.0, found[0]) if found is not None else 0.0
+        lower = max(0.0, self._lower(mu, sampled, _Question(log_delta)))
         if lower > best * (1 + 1e-7):
             raise AccountingError(
                 f"prv.detail: the certified lower value {lower!r} exceeds the upper bound {best!r} for {pairs!r} at"
@@ -158,89 +183,258 @@ class PRVAccountant:
             return 0.0
         log_bound = self._rdp.log_delta(pairs, epsilon)
         mu, sampled = _split(pairs)
+        if sampled and not mu:
+            log_bound = min(log_bound, _log_sampled(sampled))
         if not sampled:
             log_bound = min(log_bound, gaussian_log_delta(mu, epsilon))
         elif log_bound > -600.0:
-            # The true delta lies a few orders of magnitude below the Renyi bound at most.
-            budget = min(log_bound, 0.0) - 7.0
-            log_bound = min(log_bound, self._upper(mu, sampled, epsilon=epsilon, budget=budget)[0])
-        return min(1.0, max(math.exp(min(0.0, log_bound)), 5e-324))
-
-    def _upper(
-        self, mu: float, sampled: Pairs, *, budget: float, log_delta: float | None = None, epsilon: float | None = None
-    ) -> tuple[float, float]:
-        """Returns the best upper bound over the grids (infinite if none fits) and the interval it came from."""
-        good = _GOOD if log_delta is not None else _GOOD_LOG_DELTA
-        found: list[tuple[float, float]] = []
-        for spacing in (*_SPACINGS, _FINE):
-            if len(found) == 2:
-                (coarse, _), (value, _) = found
-                scale = abs(value) if log_delta is not None else 1.0
-                if (coarse - value) / 3 <= good * scale:
+            # The true delta lies a few orders of magnitude below the Renyi bound; far more if large losses are rare.
+            aim = min(log_bound, 0.0) - 7.0
+            for _ in range(_MOST_AIMS):
+                found = self._upper(mu, sampled, _Question(aim, epsilon))[0]
+                log_bound = min(log_bound, found)
+                if found > aim + 4.0:
                     break
-            result = self._evaluate(mu, sampled, spacing, upper=True, budget=budget, log_delta=log_delta, epsilon=epsilon)
-            if result is None:
-                break
-            found.append(result)
-        return min(found) if found else (math.inf, 0.0)
+                aim = found - 7.0
+        # The margin covers the rounding of 1 / sigma and of the exponential.
+        return min(1.0, max(math.exp(min(0.0, log_bound)) * (1 + 1e-12), 5e-324))
 
     def _directions(self) -> tuple[str, ...]:
         # Replace-one's pair is its own mirror image. For add/remove the worse direction may change under composition.
         return ("replace",) if self.relation is NeighboringRelation.replace_one else ("remove", "add")
 
-    def _evaluate(
-        self,
-        mu: float,
-        sampled: Pairs,
-        spacing: float,
-        *,
-        upper: bool,
-        budget: float,
-        log_delta: float | None = None,
-        epsilon: float | None = None,
-    ) -> tuple[float, float] | None:
-        """Returns (bound, interval) for the worse direction on one grid, or None if it does not fit.
+    def _upper(self, mu: float, sampled: Pairs, question: _Question) -> tuple[float, float]:
+        """Returns the upper bound for the worse direction (infinite if none is certified), and the cell width used.
 
-        Args:
-          mu: sensitivity of the full-batch releases in noise standard deviations, 0 if there are none.
-          sampled: the other releases.
-          spacing: grid interval / spread of the loss of one release.
-          upper: bound from above or from below.
-          budget: log of the delta that sets how much tail may be cut.
-          log_delta: bound epsilon at this delta, or
-          epsilon: bound log delta at this epsilon.
+        The direction that looks worse is done well. For the other a coarse bound is enough if it stays below.
+        """
+        if not mu and question.epsilon is None and _log_sampled(sampled) <= question.log_delta:
+            return 0.0, 0.0
+        if question.log_delta < _LEAST_LOG_DELTA:
+            return math.inf, 0.0
+        if not mu and len(sampled) == 1 and sampled[0][1] == 1:
+            return self._single(sampled[0][0], question)
+        import numpy as np
+
+        try:
+            with np.errstate(all="ignore"):  # NaN certifies nothing
+                views = [_View(mu, sampled, direction, question) for direction in self._directions()]
+                views.sort(key=lambda view: view.estimate, reverse=True)
+                worst = views[0].refined()
+                for view in views[1:]:
+                    if view.limit > worst[0] and view.bound(_ROUGH)[0] > worst[0]:
+                        worst = max(worst, view.refined())
+        except (ArithmeticError, ValueError):  # out of the range of floats
+            return math.inf, 0.0
+        return worst
+
+    def _single(self, event: SampledGaussian, question: _Question) -> tuple[float, float]:
+        """Returns the bound for one release, which needs no grid."""
+        from accounting.discretise import Pair, single_epsilon, single_log_delta
+
+        pairs = [Pair(event.noise_multiplier, event.sample_rate, direction) for direction in self._directions()]
+        if question.epsilon is None:
+            return max(single_epsilon(pair, question.log_delta) for pair in pairs), 0.0
+        return max(single_log_delta(pair, question.epsilon) for pair in pairs), 0.0
+
+    def _lower(self, mu: float, sampled: Pairs, question: _Question) -> float:
+        """Returns a certified lower bound for the worse direction."""
+        if question.log_delta < _LEAST_LOG_DELTA:
+            return 0.0
+        import numpy as np
+
+        try:
+            with np.errstate(all="ignore"):
+                return max(_View(mu, sampled, direction, question).certified() for direction in self._directions())
+        except (ArithmeticError, ValueError):
+            return 0.0
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked: epsilon at `log_delta`, or (if it is given) log delta at `epsilon`, which is not far below `log_delta`."""
+
+    log_delta: float
+    epsilon: float | None = None
+
+
+class _View:
+    """The releases in one direction: where to look, and bounds of any accuracy there."""
+
+    def __init__(self, mu: float, sampled: Pairs, direction: str, question: _Question) -> None:
+        from accounting.composition import Steering
+        from accounting.discretise import Pair, steering
+
+        self._mu, self._question = mu, question
+        pairs = [(Pair(e.noise_multiplier, e.sample_rate, direction), n) for e, n in sampled]
+        releases = math.log(sum(n for _, n in sampled))
+        self._nodes = [(steering(pair, question.log_delta + _LOG_SHARE - releases, _LOW_TAIL - releases), n) for pair, n in pairs]
+        self._full = self._steer = Steering(self._nodes, mu)
+        self._cut = math.inf
+        self._pairs = pairs
+        self._last: Composition | None = None
+        if question.epsilon is not None:
+            self._aim(question.epsilon)
+        else:
+            self._place(*self._steer.solve(log_delta=question.log_delta))
+            if self._guess <= 0.0:
+                self._aim(0.0)
+        #: What the variance of a small Gaussian adds to epsilon, doubled, and what the squared cell widths add, times 12.
+        self._curve = self._tilt + 1
+        self._weights = [self._curve * weight for weight in self._tilted()]
+        #: What the answer cannot exceed: "add" has a largest total loss.
+        self.limit = math.inf
+        if direction == "add" and not mu:
+            most = math.fsum(-n * math.log1p(-pair.q) for pair, n in pairs) * (1 + 1e-12)
+            self.limit = most if question.epsilon is None else (-math.inf if question.epsilon >= most else math.inf)
+        #: The value expected, roughly.
+        self.estimate = self._guess if question.epsilon is None else self._steer.point(self._tilt)[1]
+
+    def _aim(self, epsilon: float) -> None:
+        """Puts the cut for jumps above this epsilon and the saddle point there."""
+        from accounting.composition import Steering
+
+        self._cut = self._full.jumps(epsilon, self._question.log_delta)
+        self._steer = Steering(self._nodes, self._mu, self._cut)
+        self._place(self._steer.solve(epsilon=epsilon)[0], epsilon)
+
+    def _place(self, tilt: float, guess: float) -> None:
+        self._tilt, self._guess = tilt, guess
+        self._relaxed = self._steer.relax(tilt, guess, self._question.log_delta)
+
+    def _tilted(self) -> list[Array]:
+        from accounting.discretise import tilted
+
+        return [tilted(nodes, self._tilt, self._cut) for nodes, _ in self._nodes]
+
+    def _settle(self) -> float:
+        """Returns a rough upper bound, and learns from it where to look and where the cells should lie.
+
+        The saddle point of a loss with a heavy tail may have to move first, and its tilt says little about the cells.
+        """
+        best = math.inf
+        for turn in range(_MOST_ROUGH):
+            rough = self.bound(_ROUGH)[0]
+            if not math.isfinite(rough):
+                break
+            best = min(best, rough)
+            if best == 0.0 and self._question.epsilon is None:
+                break
+            self._learn(self._question.epsilon if self._question.epsilon is not None else best)
+            near = self._question.epsilon is not None or abs(best - self._guess) <= 0.03 * best
+            if self._question.epsilon is None:
+                self._aim(best)
+            if turn and near:
+                break
+        return best
+
+    def _learn(self, epsilon: float) -> None:
+        """Weighs the cells by the loss of a release given that the total is epsilon, from the last composition.
+
+        A cell of width h at loss l adds to delta about h^2 / 12 times the density of the other releases at epsilon - l.
         """
         import numpy as np
 
-        from accounting.composition import Composition, GridTooLargeError, choose_window
-        from accounting.discretise import discretise
+        assert self._last is not None
+        step = min(0.1 * max(epsilon, self._steer.spread / 10), 1 / self._tilt)
+        (near, here, far), (_, above, _) = self._last.shape(np.array([epsilon - step, epsilon, epsilon + step]))
+        slope = math.log(near / far) / (2 * step)
+        # -d delta / d epsilon is e^epsilon Q(loss > epsilon), with the jumps.
+        fall = above - here + math.exp(min(epsilon, 700.0)) * self._last.jump_other
+        if not (slope > 0 and above > here and math.isfinite(fall)):
+            return
+        losses = np.unique(np.concatenate([nodes.loss for nodes, _ in self._nodes]))
+        losses = np.append(losses[:: 1 + len(losses) // _MOST_POINTS], losses[-1])  # long ledgers: no more than needed
+        shape = self._last.shape(epsilon - losses)
+        weights = []
+        for nodes, _ in self._nodes:
+            delta, above_each = (np.interp(nodes.loss, losses, values) for values in shape)
+            density = slope * (slope + 1) * delta
+            # Where the others hardly ever lose anything their density is a peak: take the mean over a few nodes.
+            low, high = np.roll(nodes.loss, _FEW), np.roll(nodes.loss, -_FEW)
+            mean = (np.roll(above_each, -_FEW) - np.roll(above_each, _FEW)) / np.maximum(high - low, 1e-300)
+            wide = high - low > 0.01 / slope
+            weights.append(np.exp(nodes.log_weight) * np.where(wide, np.maximum(mean, 0.01 * density), density) / fall)
+        if all(np.isfinite(weight).all() for weight in weights):
+            self._weights, self._curve = weights, (slope + 1) * (above - here) / fall
 
-        results: list[tuple[float, float]] = []
-        for direction in self._directions():
-            pairs = _with_gaussian(mu, sampled, direction)
-            total = sum(count for _, count in pairs)
-            # Rounded to whole nats, so that neighbouring calls of a calibration share their grids.
-            cut = float(math.floor(budget + _LOG_SHARE - math.log(total)))
-            low_cut = float(math.floor(-30.0 - math.log(total)))
-            interval = _interval(pairs, spacing, cut, low_cut)
-            # Rounding of the cell edges, release by release.
-            drift = total * 1e-15 if upper else -total * 1e-15
-            try:
-                with np.errstate(all="ignore"):  # tails underflow; what is neglected is counted by Composition
-                    parts = [(discretise(pair, interval, cut, low_cut, upper), count) for pair, count in pairs]
-                    window = choose_window(parts, interval, log_delta=budget, epsilon=epsilon)
-                    composition = Composition(parts, interval, window)
-                    if log_delta is not None:
-                        value = composition.epsilon(log_delta, upper=upper) + drift
-                    else:
-                        assert epsilon is not None
-                        value = composition.log_delta(max(0.0, epsilon - drift), upper=upper)
-            except (GridTooLargeError, OverflowError, FloatingPointError):
-                return None
-            if math.isnan(value):
-                return None
-            results.append((value, interval))
-        return max(results)
+    def refined(self) -> tuple[float, float]:
+        """Returns `bound` from above at an accuracy at which, going by a coarser one, little is left to gain."""
+        rough = self._settle()
+        if rough == 0.0 and self._question.epsilon is None:
+            return 0.0, 0.0
+        fine = self.bound(_TOLERANCE)
+        good = _GOOD * abs(fine[0]) if self._question.epsilon is None else _GOOD_LOG_DELTA
+        if _left(rough, fine[0], _ROUGH / _TOLERANCE) > good:
+            coarse = self.bound(4 * _TOLERANCE)[0]
+            left = _left(coarse, fine[0], 4.0)
+            if left > good:
+                fine = min(fine, self.bound(_TOLERANCE * max(good / left, 1 / 20) / 2))
+            rough = min(rough, coarse)
+        return min(fine, (rough, fine[1]))
+
+    def certified(self) -> float:
+        """Returns `bound` from below."""
+        self._settle()
+        return self.bound(_LOWER_TOLERANCE, upper=False)[0]
+
+    def bound(self, tolerance: float, *, upper: bool = True) -> tuple[float, float]:
+        """Returns a bound on what is asked, and the root mean square of the cell widths (nats).
+
+        Args:
+          tolerance: relative excess of epsilon aimed at, shared by the cells and the Gaussian.
+          upper: bound from above or from below.
+        """
+        import numpy as np
+
+        from accounting.composition import Composition, Plan
+
+        # Where epsilon is many spreads of the loss, a share of it would blur what is to be resolved.
+        allowed = min(tolerance * max(self._guess, _SMALL_EPSILON * self._steer.spread) / 2, _BLUR / self._tilt)
+        if self._question.epsilon is not None:
+            allowed = min(allowed, tolerance / self._curve)
+        variance = 2 * allowed / self._curve if upper else (allowed / 3) ** 2
+        tilt, period = self._relaxed
+        with np.errstate(all="ignore"):  # tails underflow; what is neglected is counted by Composition
+            parts, width = self._parts(allowed, upper)
+            composition = Composition(parts, self._mu, Plan(tilt, period, variance, self._cut, self._guess), upper=upper)
+            if self._question.epsilon is not None:
+                value = composition.log_delta(self._question.epsilon)
+            else:
+                # 1 / sigma is rounded, too.
+                value = composition.epsilon(self._question.log_delta, self._guess) * (1 + (1e-12 if upper else -1e-12))
+        self._last = composition
+        value = (math.inf if upper else -math.inf) if math.isnan(value) else value
+        return min(value, self.limit), width
+
+    def _parts(self, allowed: float, upper: bool) -> tuple[list[tuple[PointLoss, int]], float]:
+        """Returns the rounded losses of the releases, on as many cells as cost `allowed` of epsilon in all."""
+        from accounting.discretise import place_cells, round_down, round_up, spread_cells
+
+        shares = [
+            spread_cells(nodes, weight, tilted)
+            for (nodes, _), weight, tilted in zip(self._nodes, self._weights, self._tilted(), strict=True)
+        ]
+        # With J cells a release costs roughness / (12 J^2); the smallest total number of cells is wanted.
+        wanted = [(n * roughness) ** (1 / 3) for (_, n), (_, roughness) in zip(self._nodes, shares, strict=True)]
+        unit = math.sqrt(math.fsum(wanted) / (12 * allowed))
+        rounding, parts, square = round_up if upper else round_down, [], 0.0
+        for (pair, n), (nodes, _), (share, roughness), want in zip(self._pairs, self._nodes, shares, wanted, strict=True):
+            cells = min(max(math.ceil(want * unit), _FEWEST_CELLS), _MOST_CELLS)
+            parts.append((rounding(pair, place_cells(nodes, share, cells)), n))
+            square += n * roughness / self._curve / cells**2
+        return parts, math.sqrt(square / sum(n for _, n in self._pairs))
+
+
+def _log_sampled(sampled: Pairs) -> float:
+    """Returns log of the probability that an example is sampled at all, rounded up: delta is never larger."""
+    return math.log(-math.expm1(math.fsum(n * math.log1p(-e.sample_rate) for e, n in sampled))) + 1e-9
+
+
+def _left(coarse: float, fine: float, ratio: float) -> float:
+    """Returns the excess of `fine`, if the excess is proportional to a tolerance that was `ratio` times as large in `coarse`."""
+    left = (coarse - fine) / (ratio - 1)
+    return left if math.isfinite(left) else 0.0
 
 
 @lru_cache(maxsize=256)  # a key holds its whole list of releases, which is long for noise that moves
@@ -253,23 +447,6 @@ def _split(pairs: Pairs) -> tuple[float, Pairs]:
     """Returns (mu of the full-batch releases as one Gaussian, the sampled ones): mu^2 is the sum of 1 / sigma^2."""
     square = math.fsum(n / e.noise_multiplier**2 for e, n in pairs if e.sample_rate == 1.0)
     return math.sqrt(square), tuple((e, n) for e, n in pairs if e.sample_rate < 1.0)
-
-
-def _with_gaussian(mu: float, sampled: Pairs, direction: str) -> list[tuple[Pair, int]]:
-    from accounting.discretise import Pair
-
-    pairs = [(Pair(e.noise_multiplier, e.sample_rate, direction), n) for e, n in sampled]
-    return [(Pair(1.0 / mu, 1.0, direction), 1), *pairs] if mu else pairs
-
-
-def _interval(pairs: list[tuple[Pair, int]], spacing: float, cut: float, low_cut: float) -> float:
-    """Returns the grid spacing: a fraction of the spread of one release, coarser if the supports would not fit."""
-    from accounting.discretise import loss_spread, support
-
-    variance = math.fsum(n * loss_spread(pair) ** 2 for pair, n in pairs)
-    wanted = spacing * math.sqrt(variance / sum(n for _, n in pairs))
-    limit = max(high - low for low, high in (support(pair, cut, low_cut) for pair, _ in pairs)) / _MAX_SUPPORT
-    return max(wanted, limit, 1e-300)
 
 
 __all__ = ["Detail", "PRVAccountant", "SampledGaussian", "gaussian_epsilon", "gaussian_log_delta"]

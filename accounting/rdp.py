@@ -11,11 +11,14 @@ import math
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accounting.accountant import NeighboringRelation, check_relation
 from accounting.errors import check_delta, check_epsilon
 from accounting.events import Events, SampledGaussian, normalise
+
+if TYPE_CHECKING:
+    from accounting.renyi import Array
 
 Pairs = tuple[tuple[SampledGaussian, int], ...]
 
@@ -24,14 +27,14 @@ Pairs = tuple[tuple[SampledGaussian, int], ...]
 _PER_DECADE = 256
 _COARSE = 64
 _FIRST, _LAST = -4 * _PER_DECADE, 7 * _PER_DECADE
-# autodp tabulates binomials up to here; larger orders are ours alone.
-_AUTODP_MAX_ORDER = 100
-# Each distinct event costs autodp a call per order; long noise schedules use our curve alone.
-_AUTODP_MAX_EVENTS = 32
+_MAX_DOWNHILL, _FINE_ORDERS = 100, 1000.0
+# autodp tabulates every order up to the one asked for; larger ones are ours alone, and so are long noise schedules.
+_AUTODP_MAX_ORDER = 40
+_AUTODP_MAX_EVENTS = 8
 _AUTODP_ROUNDING = 1e-12
 
 
-def _order(k: int) -> float:
+def _order(k: float) -> float:
     return 1.0 + 10.0 ** (k / _PER_DECADE)
 
 
@@ -43,15 +46,15 @@ def _log_moment(pairs: Pairs, order: float, replace_one: bool) -> float:
 
 
 @lru_cache(maxsize=64)
-def _autodp_curve(pairs: Pairs) -> Callable[[int], float]:
-    """Returns autodp's composed Renyi divergence as a function of an integer order (add/remove only)."""
+def _autodp_curve(pairs: Pairs, last: int = _AUTODP_MAX_ORDER) -> Callable[[int], float]:
+    """Returns autodp's composed Renyi divergence as a function of an integer order up to `last` (add/remove only)."""
     saved = list(sys.path)
     try:
         from autodp.rdp_acct import anaRDPacct  # type: ignore[import-untyped]
         from autodp.rdp_bank import RDP_gaussian  # type: ignore[import-untyped]
     finally:
         sys.path[:] = saved  # autodp appends ".." on import, which would shadow the user's modules
-    accountant: Any = anaRDPacct(m=_AUTODP_MAX_ORDER)
+    accountant: Any = anaRDPacct(m=last)
     for event, count in pairs:
         # One function object per event: autodp keys its caches by it. The loop variable is bound as a default.
         def curve(order: float, sigma: float = event.noise_multiplier) -> float:
@@ -80,18 +83,31 @@ def _log_delta_at(order: float, log_moment: float, epsilon: float) -> float:
     return log_moment - rest * epsilon + rest * math.log1p(-1.0 / order) - math.log(order)
 
 
-def _minimise(objective: Callable[[float], float]) -> tuple[float, float]:
-    """Returns (value, order) of the smallest objective on the lattice: coarse scan, then ever finer around the best."""
-    seen = {k: objective(_order(k)) for k in range(_FIRST, _LAST + 1, _COARSE)}
-    step = _COARSE // 2
-    while step:
-        best = min(seen, key=seen.__getitem__)
-        for k in (best - step, best + step):
-            if k not in seen and _FIRST <= k <= _LAST:
-                seen[k] = objective(_order(k))
-        step //= 2
-    best = min(seen, key=seen.__getitem__)
-    return seen[best], _order(best)
+def _minimise(rough: Callable[[Array], Array], objective: Callable[[float], float]) -> tuple[float, float]:
+    """Returns (value, order) of a small objective on the lattice.
+
+    Args:
+      rough: about the objective at many orders, to find where to look: coarse, then ever finer around the best.
+      objective: the bound itself, from where `rough` is smallest downhill.
+    """
+    import numpy as np
+
+    best, ks = 0, np.arange(_FIRST, _LAST + 1, _COARSE)
+    for spacing in (_COARSE // 8, 1, 0):
+        values = np.nan_to_num(rough(1.0 + 10.0 ** (ks / _PER_DECADE)), nan=np.inf)
+        best = int(ks[int(np.argmin(values))])
+        ks = np.clip(best + spacing * np.arange(-7, 8), _FIRST, _LAST)
+    # Huge orders are slow, and their neighbours close.
+    at, seen = float(best), dict[float, float]()
+    for step in (4.0,) if _order(best) > _FINE_ORDERS else (4.0, 1.0, 0.25, 0.0625):
+        turn = 0
+        while turn < _MAX_DOWNHILL:
+            around = [k for k in (at - step, at, at + step) if _FIRST <= k <= _LAST]
+            seen.update({k: objective(_order(k)) for k in around if k not in seen})
+            if (smallest := min(around, key=seen.__getitem__)) == at:
+                break
+            at, turn = smallest, turn + 1
+    return seen[at], _order(at)
 
 
 class RDPAccountant:
@@ -144,19 +160,34 @@ class RDPAccountant:
         return self._best(pairs, lambda order, moment: _log_delta_at(order, moment, epsilon))
 
     def _best(self, pairs: Pairs, bound: Callable[[float, float], float]) -> float:
-        value, order = _minimise(lambda a: bound(a, _log_moment(pairs, a, self._replace_one)))
+        value, order = self._own_best(pairs, bound)
         foreign = self._replace_one and any(event.sample_rate < 1.0 for event, _ in pairs)
         if foreign or len(pairs) > _AUTODP_MAX_EVENTS or order > _AUTODP_MAX_ORDER - 1:
             return value
         import numpy as np
 
-        curve = _autodp_curve(pairs)
-        for whole in {max(2, math.floor(order)), math.floor(order) + 1}:
+        whole = max(2, math.floor(order))
+        curve = _autodp_curve(pairs, whole + 2)
+        for whole_order in {whole, math.floor(order) + 1}:
             with np.errstate(all="ignore"):
-                divergence = curve(whole)
+                divergence = curve(whole_order)
             if math.isfinite(divergence) and divergence >= 0.0:
                 # autodp sums terms of size 1, so its log-moment carries an absolute rounding error per release; where
                 # the moment itself is that small (q near 1e-6) the error would otherwise look like privacy.
-                moment = (whole - 1) * divergence * (1 + 1e-10) + _AUTODP_ROUNDING * sum(n for _, n in pairs)
-                value = min(value, bound(float(whole), moment))
+                moment = (whole_order - 1) * divergence * (1 + 1e-10) + _AUTODP_ROUNDING * sum(n for _, n in pairs)
+                value = min(value, bound(float(whole_order), moment))
         return value
+
+    def _own_best(self, pairs: Pairs, bound: Callable[[float, float], float]) -> tuple[float, float]:
+        """Returns the smallest bound from our own curve and its order."""
+        import numpy as np
+
+        from accounting.renyi import rough_log_moments
+
+        def rough(orders: Array) -> Array:
+            moments = np.zeros_like(orders)
+            for event, n in pairs:
+                moments += n * rough_log_moments(event.noise_multiplier, event.sample_rate, orders, self._replace_one)
+            return np.array([bound(float(a), float(m)) for a, m in zip(orders, moments, strict=True)])
+
+        return _minimise(rough, lambda a: bound(a, _log_moment(pairs, a, self._replace_one)))

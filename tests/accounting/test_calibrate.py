@@ -49,6 +49,31 @@ class TestCalibration:
         assert spend(steps) <= epsilon < spend(steps + 1)
 
 
+CALIBRATIONS = {
+    "noise": (lambda x, name: calibrate_noise_multiplier(1.0, 1e-6, x, 1000, name), (1e-6, 0.01, 1.0)),
+    "rate": (lambda x, name: calibrate_sample_rate(1.0, 1e-6, x, 1000, name), (1.0, 3.0, 30.0)),
+    "steps": (lambda x, name: calibrate_steps(1.5, 1e-6, x, 1.0, name), (1e-3, 1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", ACCOUNTANTS)
+@pytest.mark.parametrize("kind", CALIBRATIONS)
+def test_few_evaluations(name, kind, monkeypatch):
+    count, cls = [0], ACCOUNTANTS[name]
+    epsilon = cls.epsilon
+
+    def counted(self, events, delta):
+        count[0] += len(events) > 0
+        return epsilon(self, events, delta)
+
+    monkeypatch.setattr(cls, "epsilon", counted)
+    calibrate, values = CALIBRATIONS[kind]
+    for value in values:
+        count[0] = 0
+        calibrate(value, name)
+        assert 0 < count[0] <= 25
+
+
 @pytest.mark.parametrize("relation", ["replace_one", "zero_out"])
 def test_other_relations(relation):
     sigma = calibrate_noise_multiplier(2.0, 1e-5, 0.02, 500, relation=relation)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from oracles import REFERENCE, dp_accounting_rdp, renyi_log_moment
 
 from accounting import SampledGaussian, get_accountant
 from accounting.rdp import _autodp_curve
-from accounting.renyi import log_moment
+from accounting.renyi import log_moment, rough_log_moments
 
 
 @pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
@@ -27,6 +28,14 @@ def test_moment_at_tiny_rates_keeps_relative_precision(q, sigma):
     exact = math.log1p(q * q * math.expm1(1 / sigma**2))
     ours = log_moment(sigma, q, 2.0, False)
     assert exact <= ours <= exact * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("replace_one", [False, True])
+@pytest.mark.parametrize(("sigma", "q"), [(0.4, 0.3), (1.0, 1e-6), (4.0, 0.9), (100.0, 0.01)])
+def test_the_rough_moment_steers(sigma, q, replace_one):
+    orders = np.array([1.01, 1.5, 4.0, 30.0, 900.0])
+    ours = [log_moment(sigma, q, float(order), replace_one) for order in orders]
+    assert rough_log_moments(sigma, q, orders, replace_one) == pytest.approx(ours, rel=0.02)
 
 
 def test_agrees_with_autodp_at_integer_orders():
