@@ -27,8 +27,8 @@ Step = Callable[[], None]
 MIB = 2**20
 STEPS_FOR_MEMORY = 3
 # glibc moves the size from which arrays get pages of their own up to 32 MiB; fixed, what is freed goes back at once, and the
-# high-water mark is that of the arrays alive.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+# high-water mark is that of the arrays alive. TensorFlow with oneDNN has a pool of its own on top, which is turned off for the same end.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144", "TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1"}
 
 
 class PeerMissingError(DptrainError):

@@ -447,7 +447,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer_is_post_processing(name: str) -> None:
-    model = private(mlp(), seed=None)
+    keras.utils.set_random_seed(0)  # Lion moves by signs: a small bias may return to where it was
+    model = private(mlp())
     model.compile(OPTIMIZERS[name](), cross_entropy(), run_eagerly=True)
     before = model.get_weights()
     model.fit(X, Y, verbose=0, steps_per_epoch=4)
