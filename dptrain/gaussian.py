@@ -1,8 +1,7 @@
 """Standard normal values from a keyed stream of bytes: AES in counter mode, then Box and Muller. Fast, and the same everywhere.
 
 The stream is addressed, not stepped through: a 128-bit counter holds ``(step, stream, block)``, so any part of any release's noise can
-be made on its own, and in parallel. AES runs in hardware; one core
-takes about 2 ns for a float32 value.
+be made on its own, and in parallel. AES runs in hardware; one core takes about 2.4 ns for a float32 value, two 1.7.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 BLOCK = 16  # bytes per value of the counter
 STEP_BITS, STREAM_BITS, BLOCK_BITS = 48, 32, 48
 SPARE = 1 << (BLOCK_BITS - 1)  # where the blocks begin that refine uniforms close to zero
-CHUNK = 1 << 16  # values made at once; fits the second-level cache
+# Values made at once. A quarter of them would fit the second-level cache, and two threads then wait for each other at every call: 3.3 ns
+# a value, no less than one thread takes; with this many 1.8.
+CHUNK = 1 << 18
 FINE = 256  # integers below it are refined, so that tails do not end at 6.7
 
 
