@@ -102,6 +102,22 @@ def noise(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
     return Finding("noise", passed, said, {"smallest_over_claimed": lowest, "p_value": worst})
 
 
+def count_noise(subject: Subject) -> Finding:
+    """The same for the count that moves a clipping norm, over all releases so far.
+
+    Returns:
+        The finding; a two-sided chi-square test at one in a million.
+    """
+    from scipy.stats import chi2
+
+    values = np.array(subject.watch.counts_off)
+    square = float(values @ values)
+    p = 2 * min(float(chi2.cdf(square, len(values))), float(chi2.sf(square, len(values))))
+    ratio = math.sqrt(square / len(values))
+    text = f"{len(values)} released counts had {ratio:.4g} times the claimed standard deviation (p = {p:.3g})"
+    return Finding("noise of the released count", p > FALSE_ALARM, text, {"over_claimed": ratio, "p_value": p})
+
+
 def independence(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
     """The noise of one step must say nothing about that of another, nor one parameter's about another's.
 

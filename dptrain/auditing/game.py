@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from accounting import NeighboringRelation
 from dptrain.auditing.bounds import FALSE_ALARM, Array, Coins, ErrorRates, error_rates
 from dptrain.auditing.checks import crowd
 from dptrain.auditing.findings import Finding
@@ -34,7 +35,7 @@ def unit(v: Array) -> Array:
 
 
 def play(subject: Subject, alone: list[Array], trials: int, seed: int = 0) -> tuple[Array, Coins]:
-    """Many releases with and without one example.
+    """Many releases with and without one example; for ``replace_one``, with it and with the one most opposed to it.
 
     Args:
         subject: the step.
@@ -46,13 +47,15 @@ def play(subject: Subject, alone: list[Array], trials: int, seed: int = 0) -> tu
     """
     canary = int(np.argmax([np.linalg.norm(v) for v in alone]))
     base = crowd(alone, subject.size - 1)
+    relation = NeighboringRelation(subject.setup.config.privacy.relation)
+    other = crowd(alone, 1) if relation is NeighboringRelation.replace_one else []
     coins = np.random.default_rng(seed).permutation(np.arange(trials) % 2).astype(bool)
-    first = unit(alone[canary])
+    first = unit(alone[canary] - sum((alone[i] for i in other), np.zeros_like(alone[canary])))
     total = subject.total(base)
     second = unit(total - (total @ first) * first)
     rows = []
     for coin in coins:
-        seen = subject.release([*base, canary] if coin else base)
+        seen = subject.release([*base, canary] if coin else [*base, *other])
         along, across = float(seen @ first), float(seen @ second)
         rest = max(0.0, float(seen @ seen) - along**2 - across**2)
         rows.append((along, across, math.sqrt(rest)))

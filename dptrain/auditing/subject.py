@@ -30,6 +30,18 @@ class StepWatch(Watch):
     ledger: PrivacyLedger
     recorded: int = 0
 
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        self.counts_off: list[float] = []  # noise of each released count, over its claimed standard deviation
+
+    def privatize(self, total: Any, plan: Any, stds: Any, noise: Any) -> Any:
+        count = plan.count
+        exact = self._inner.counts(total)
+        released = self._inner.privatize(total, plan, stds, noise)
+        if count is not None:
+            self.counts_off.append((self._inner.counts(released)[count.name] - exact.get(count.name, 0.0)) / stds[count.name])
+        return released
+
     def apply(self, model: Any, optimizer: Any, released: Any, scale: float, learning_rate: float | None) -> None:
         self.recorded = self.ledger.num_releases
         self._inner.apply(model, optimizer, released, scale, learning_rate)

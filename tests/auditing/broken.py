@@ -105,11 +105,21 @@ class NoisePerPhysicalBatch(Watch):
         return total
 
 
-class NothingRecorded(Watch):
-    """Updates twice for each record."""
+class NoProjection(Watch):
+    """Says that constraints hold, and restores none."""
 
-    def apply(self, model: Any, optimizer: Any, released: Any, scale: float, learning_rate: float | None) -> None:
-        self._inner.apply(model, optimizer, released, scale, learning_rate)
+    first: Mapping[str, float] = {}
+
+    def project(self, model: Any, plan: Plan) -> Mapping[str, float]:
+        return self.first
+
+
+class UnboundedCount(Watch):
+    """The count that moves a clipping norm is released without noise."""
+
+    def privatize(self, total: Any, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Any:
+        count = plan.count.name if plan.count else ""
+        return self._inner.privatize(total, plan, {name: 0.0 if name == count else s for name, s in stds.items()}, noise)
 
 
 class Shuffled(PoissonSampler):
