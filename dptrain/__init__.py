@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dptrain.auditing import Audit, audit
     from dptrain.comparison import Comparison, compare
     from dptrain.config import DataConfig, OptimizerConfig, Performance, Privacy, Sampling, TrainConfig
     from dptrain.errors import ConfigError, DataError, DptrainError, RunError, UnsupportedModelError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "dptrain.auditing": ("Audit", "audit"),
     "dptrain.comparison": ("Comparison", "compare"),
     "dptrain.config": ("DataConfig", "OptimizerConfig", "Performance", "Privacy", "Sampling", "TrainConfig"),
     "dptrain.errors": ("ConfigError", "DataError", "DptrainError", "RunError", "UnsupportedModelError"),
@@ -45,6 +47,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "STRATEGIES",
+    "Audit",
     "Comparison",
     "ConfigError",
     "DataConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UnsupportedModelError",
+    "audit",
     "certify",
     "compare",
     "get_strategy",

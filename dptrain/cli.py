@@ -279,6 +279,59 @@ def certify(
 
 
 @app.command()
+def audit(
+    config: ConfigPath,
+    backend: BackendName = "torch",
+    set_: Overrides = [],  # noqa: B006
+    canaries: Annotated[int, typer.Option("--canaries", help="Gradient-space canaries of the one-run audit; 0 for none.")] = 400,
+    examples: Annotated[int, typer.Option("--examples", help="Mislabelled examples of the one-run audit; 0 for none.")] = 200,
+    trials: Annotated[int, typer.Option("--trials", help="Releases of the distinguishing game; 0 for none.")] = 1000,
+    steps: Annotated[int | None, typer.Option("--steps", help="Train, and audit the claim for, fewer steps.")] = None,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of the lower bound on epsilon.")] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", help="Of canaries and coins.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder, such as that of the run, for audit.json.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for broken privacy: checks of every part of a step, and a lower bound on epsilon; exit code 1 if something is wrong."""
+    from dptrain.auditing.run import audit as run
+    from dptrain.auditing.run import save
+    from dptrain.backend import preload
+    from dptrain.config import TrainConfig
+
+    loaded = TrainConfig.load(config, set_)
+    preload(backend, loaded.performance)
+    found = run(
+        loaded, backend, canaries=canaries, examples=examples, trials=trials, steps=steps, confidence=confidence, seed=seed,
+    )  # fmt: skip
+    if out is not None:
+        save(found, out)
+    emit(found.to_dict(), str(found), as_json)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def membership(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    shadows: Annotated[int, typer.Option("--shadows", help="Shadow models of the likelihood-ratio attack, an even number or 0.")] = 8,
+    most: Annotated[int, typer.Option("--most", help="Members and others, at most so many each.")] = 2000,
+    seed: Annotated[int, typer.Option("--seed", help="Of the choice of examples.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Membership inference on a finished run, NOT private: loss threshold and likelihood ratio; writes membership.json and .svg."""
+    from dptrain.auditing.membership import membership as run
+    from dptrain.auditing.membership import save
+    from dptrain.backend import preload
+    from dptrain.config import TrainConfig
+    from dptrain.rundir import read_json
+
+    preload(str(read_json(directory / "run.json").get("backend")), TrainConfig.load(directory / "config.yaml").performance)
+    found = run(directory, shadows=shadows, most=most, seed=seed)
+    save(found, directory)
+    emit(found.to_dict(), str(found), as_json)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a config."""
     from dptrain.config import json_schema

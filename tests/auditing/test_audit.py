@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,11 @@ import dptrain.mechanism as mechanism
 import dptrain.trainer as trainer
 from accounting.rdp import RDPAccountant
 from dptrain.auditing import audit, audit_setup
+from dptrain.cli import main
 from dptrain.data import from_arrays
 from dptrain.errors import ConfigError
 from dptrain.setup import Setup, prepare
+from dptrain_torch.backend import TorchBackend
 from tests.auditing import broken
 from tests.core.shared import blobs, config
 
@@ -149,3 +154,29 @@ def test_other_sampling_accounted_as_poisson_is_caught(sampler: Any, monkeypatch
 def test_non_private_runs_have_nothing_to_audit() -> None:
     with pytest.raises(ConfigError, match="claims no privacy"):
         audit(config(strategy="non_private"), data=blobs(60))
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(config(model={"name": "mlp", "hidden": [8]}, sampling={"sample_rate": 0.2, "steps": 3}).to_yaml())
+    words = ["dptrain", "audit", str(path), "--canaries", "0", "--examples", "0", "--trials", "100", "--out", str(tmp_path), "--json"]
+
+    def run() -> int:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0)
+
+    assert run() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"]
+    assert found["private"] is False
+    assert json.loads((tmp_path / "audit.json").read_text()) == found
+    true = TorchBackend.privatize
+
+    def quieter(self: TorchBackend, total: Any, plan: Any, stds: dict[str, float], noise: Any) -> Any:
+        return true(self, total, plan, {name: 0.4 * s for name, s in stds.items()}, noise)
+
+    monkeypatch.setattr(TorchBackend, "privatize", quieter)
+    assert run() == 1
+    assert "noise" in [f["name"] for f in json.loads(capsys.readouterr().out)["findings"] if not f["passed"]]
