@@ -325,6 +325,22 @@ def test_no_word_is_used_twice(monkeypatch):
     assert all(attempt > 0 or word > 0 for attempt, word, _ in used)
 
 
+def test_ties_and_close_comparisons_of_one_value_have_words_of_their_own(monkeypatch):
+    """They never meet in practice, so they are made to: blocks 1 and 2 are everybody's, then come the boundary's, then the comparison's."""
+    used: list[int] = []
+
+    def at(attempt, word, positions, count=1):
+        used.extend(range(word, word + count))
+        return np.zeros((1, 2 * count), np.uint64)
+
+    words, zero = SimpleNamespace(at=at), np.zeros(1, np.int64)
+    find_cells(words, 0, zero, *split(int(table().tops[5])))
+    monkeypatch.setattr(exact_normal, "DOUBT", 2.0)
+    monkeypatch.setattr(exact_normal, "accepted_exactly", lambda cell, position, accept, more: [more(0), more(1)] and True)
+    accepted(words, 0, zero, zero, np.zeros(1, np.uint64), np.zeros(1, np.uint64), np.zeros(1, np.uint64))
+    assert used == [3, 4, 5, 6]
+
+
 def test_no_two_purposes_share_bytes():
     """Neither fast noise of the same key and address, nor another chunk, stream, step or key."""
     parts = set()
