@@ -152,10 +152,11 @@ class Budget:
                 calibrate_noise_multiplier(
                     privacy.target_epsilon, privacy.target_delta, schedule.sample_rate, schedule.num_releases,
                     accountant=privacy.accountant, relation=privacy.relation, history=self.ledger.events,
-                )
+                ),
+                privacy.noise,
             )  # fmt: skip
         # What a release is recorded as; refuses what no accountant can speak of.
-        self.event = SampledGaussian(event_noise_multiplier(self.noise_multiplier), schedule.sample_rate)
+        self.event = SampledGaussian(event_noise_multiplier(self.noise_multiplier, privacy.noise), schedule.sample_rate)
         self._before = self._held()
 
     @property

@@ -115,7 +115,7 @@ def plan(
         typer.echo(str(predicted(setup)))
     typer.echo(f"N = {len(setup.data.x_train)}, sample rate {setup.sample_rate:.6g}, {setup.num_steps} steps")
     if stds is not None:
-        event = release_event(setup.plan, stds, setup.sample_rate, loaded.privacy.relation)
+        event = release_event(setup.plan, stds, setup.sample_rate, loaded.privacy.relation, loaded.privacy.noise)
         typer.echo(statement(loaded.privacy.accountant, loaded.privacy.relation.value, event, setup.num_steps, loaded.privacy.target_delta))
 
 

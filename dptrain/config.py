@@ -22,7 +22,7 @@ from accounting import NeighboringRelation
 from dptrain.costs import Decision
 from dptrain.errors import ConfigError
 from dptrain.losses import LossConfig
-from dptrain.mechanism import Allocation
+from dptrain.mechanism import Allocation, NoiseKind
 from dptrain.models import ModelConfig
 from dptrain.strategies import StrategyConfig
 from dptrain.strategies.clipping import MixedGhost
@@ -36,7 +36,10 @@ Delta = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
 NAMED_PARTS = ("model", "data", "strategy", "optimizer", "loss")  # ``strategy: ghost`` stands for ``strategy: {name: ghost}``
 
 
-LATER_SETTINGS = (("privacy", "noise_weights"), ("performance", "check_bounds"), ("performance", "monitors"), ("performance", "prefer"))
+LATER_SETTINGS = (
+    ("privacy", "noise_weights"), ("privacy", "noise"),
+    ("performance", "check_bounds"), ("performance", "monitors"), ("performance", "prefer"),
+)  # fmt: skip
 
 
 class Part(BaseModel):
@@ -76,6 +79,7 @@ class Privacy(Part):
         relation: neighbouring relation.
         allocation: how the noise is shared among groups.
         noise_weights: group name or pattern -> factor of its share of the noise; sigma stays what it is.
+        noise: ``fast``: floating-point numbers; ``secure``: a lattice, out of reach of attacks on floating-point noise (docs/noise.md).
         unsafe_seed: makes sampling and noise reproducible, and the guarantee void against anyone who knows it.
     """
 
@@ -86,6 +90,7 @@ class Privacy(Part):
     relation: NeighboringRelation = NeighboringRelation.add_remove
     allocation: Allocation = "global"
     noise_weights: Mapping[str, Positive] = Field(default_factory=dict)
+    noise: NoiseKind = "fast"
     unsafe_seed: NonNegativeInt | None = None
 
     @model_validator(mode="after")

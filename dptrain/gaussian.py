@@ -83,7 +83,7 @@ def standard_normal(key: bytes, step: int, stream: int, size: int, dtype: type =
     fill = functools.partial(_fill, key, step, stream, values)
     starts = range(0, size, CHUNK)
     if len(starts) > 1:
-        list(_threads().map(fill, starts))
+        list(threads().map(fill, starts))
     elif starts:
         fill(0)
     return values
@@ -110,7 +110,7 @@ def add_normal(key: bytes, step: int, stream: int, values: np.ndarray, std: floa
 
     starts = range(0, len(values), CHUNK)
     if len(starts) > 1:
-        list(_threads().map(fill, starts))
+        list(threads().map(fill, starts))
     elif starts:
         fill(0)
     return out
@@ -145,6 +145,6 @@ def _fill(key: bytes, step: int, stream: int, values: np.ndarray, start: int) ->
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def threads() -> ThreadPoolExecutor:
     """Threads that fill chunks; NumPy and the cipher release Python's lock."""
     return ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))

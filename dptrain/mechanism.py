@@ -22,12 +22,22 @@ from dptrain.errors import ConfigError
 from dptrain.plan import Group, Plan
 
 Allocation = Literal["global", "per_group", "min_noise"]
+NoiseKind = Literal["fast", "secure"]
 
 # Norms and sums are computed in floating point, so an example may contribute slightly more than its bound. The event that
 # is recorded claims a noise multiplier smaller by this relative margin, which pays for an excess of the bound up to it. The
 # backends make sure that their rounding stays below: norms are accumulated in float32 or wider, and a ghost norm that cancels so
 # strongly that this might fail is rounded up (see ``rules.py`` in either backend).
 FLOAT_MARGIN = 1e-4
+
+# Secure noise rounds the sums of group k to a lattice of spacing g_k = 2^-32 s_k, by which its sensitivity grows by up to 5/4 g_k sqrt(d_k)
+# (equation (1) of lattice.py). Whitened as in (1) above, the joint sensitivity is then at most
+#     sqrt( sum_k ( (1 + FLOAT_MARGIN) Delta_k / s_k + 5/4 2^-32 sqrt(d_k) )^2 )  <=  (1 + FLOAT_MARGIN) / sigma + 5/4 2^-32 sqrt(d)
+# by the triangle inequality, d the number of parameters, whatever the groups. What is paid is the last term at its largest, 1.9e-5, so
+# that an event depends on the noise alone and is known before the model is.
+LATTICE_PARAMETERS = 2**32
+LATTICE_MARGIN = 1.25 * 2.0**-32 * math.sqrt(LATTICE_PARAMETERS)
+LATTICE_SHARE = 0.1  # the largest part of the whitened sensitivity that rounding may make up; beyond, secure noise is refused
 
 
 def sensitivity(group: Group, relation: NeighboringRelation | str = NeighboringRelation.add_remove) -> float:
@@ -121,7 +131,11 @@ def effective_noise_multiplier(
 
 
 def release_event(
-    plan: Plan, stds: Mapping[str, float], sample_rate: float, relation: NeighboringRelation | str = NeighboringRelation.add_remove
+    plan: Plan,
+    stds: Mapping[str, float],
+    sample_rate: float,
+    relation: NeighboringRelation | str = NeighboringRelation.add_remove,
+    noise: NoiseKind = "fast",
 ) -> SampledGaussian:
     """The event of one step, from the very standard deviations that are used; planner and ledger both come here.
 
@@ -130,33 +144,69 @@ def release_event(
         stds: noise standard deviation per group.
         sample_rate: probability q with which each example enters the step.
         relation: the neighbouring relation.
+        noise: how the noise is made.
     Returns:
-        The event to record, its noise multiplier reduced by ``FLOAT_MARGIN``.
+        The event to record, its noise multiplier reduced by what rounding takes.
+    Raises:
+        ConfigError: secure noise for more parameters, or at a larger noise multiplier, than is paid for.
     Guarantee: upper bounds on epsilon computed from this event hold for the floating-point release.
-    Source: math.md equation (1).
+    Source: math.md equation (1); for secure noise, equation (1) of ``lattice.py``.
     """
-    return SampledGaussian(event_noise_multiplier(effective_noise_multiplier(plan, stds, relation)), sample_rate)
+    size = sum(group.num_params for group in plan.groups)
+    if noise == "secure" and size > LATTICE_PARAMETERS:
+        raise ConfigError(
+            f"The plan has {size:,} parameters, and secure noise pays for the rounding of {LATTICE_PARAMETERS:,}; freeze some of them, or "
+            "set privacy.noise to fast."
+        )
+    return SampledGaussian(event_noise_multiplier(effective_noise_multiplier(plan, stds, relation), noise), sample_rate)
 
 
-def event_noise_multiplier(noise_multiplier: float) -> float:
+def event_noise_multiplier(noise_multiplier: float, noise: NoiseKind = "fast") -> float:
     """What is claimed of a noise multiplier after paying for rounding.
 
     The result is rounded to 12 digits, downwards, so that equal settings make equal events on every machine and allocation.
+
+    Args:
+        noise_multiplier: sigma.
+        noise: how the noise is made.
+    Returns:
+        ``1 / ((1 + FLOAT_MARGIN) / sigma)``, and with secure noise ``1 / ((1 + FLOAT_MARGIN) / sigma + LATTICE_MARGIN)``.
+    Raises:
+        ConfigError: sigma is so large that the rounding of secure noise would be a material part of it.
+    Guarantee: at most the noise over the sensitivity of what is really released, for up to ``LATTICE_PARAMETERS`` parameters.
     """
     claimed = noise_multiplier / (1.0 + FLOAT_MARGIN)
+    if noise == "secure":
+        claimed /= 1.0 + _lattice_share(claimed)
     scale = 10.0 ** (11 - math.floor(math.log10(claimed)))
     return math.floor(claimed * scale * (1.0 - 1e-13)) / scale
 
 
-def noise_multiplier_for(claimed: float) -> float:
+def _lattice_share(noise_multiplier: float) -> float:
+    """The rounding of secure noise as a part of the sensitivity."""
+    share = LATTICE_MARGIN * noise_multiplier
+    if share > LATTICE_SHARE:
+        raise ConfigError(
+            f"At a noise multiplier of {noise_multiplier:g} the rounding of secure noise would take {share:.0%} of it; lower it to at most "
+            f"{LATTICE_SHARE / LATTICE_MARGIN:.0f}, or set privacy.noise to fast."
+        )
+    return share
+
+
+def noise_multiplier_for(claimed: float, noise: NoiseKind = "fast") -> float:
     """The inverse of ``event_noise_multiplier``, rounded up: noise that supports a claim.
 
     Args:
         claimed: noise multiplier that the accountant asked for.
+        noise: how the noise is made.
     Returns:
         A noise multiplier whose event claims at least that much.
+    Raises:
+        ConfigError: the claim is so large that the rounding of secure noise would be a material part of it.
     """
     value = claimed * (1.0 + FLOAT_MARGIN)
-    while event_noise_multiplier(value) < claimed:
+    if noise == "secure":
+        value /= 1.0 - _lattice_share(claimed)
+    while event_noise_multiplier(value, noise) < claimed:
         value *= 1.0 + 1e-12
     return value

@@ -1,9 +1,9 @@
 """Where randomness that protects people comes from: sampling and noise, keyed by the operating system, never by the user's seed.
 
 Both streams come from counter-based generators with a 128-bit key, Philox (Salmon et al. 2011) for sampling and AES in counter mode for
-noise (``gaussian.py``): the stream of a step is addressed by ``(key, step, stream)``, so nothing has to be stored to continue, and an
-interrupted logical batch cannot shift what comes after it. One implementation in NumPy serves both frameworks. ``torch.Generator`` would
-not do: its CPU engine keeps 32 bits of the seed.
+noise (``gaussian.py``, and ``exact_normal.py`` for secure noise): the stream of a step is addressed by ``(key, step, stream)``, so nothing
+has to be stored to continue, and an interrupted logical batch cannot shift what comes after it. One implementation in NumPy serves both
+frameworks. ``torch.Generator`` would not do: its CPU engine keeps 32 bits of the seed.
 
 With ``unsafe_seed`` the keys follow from the seed; then anyone who knows the seed can subtract the noise, and the report says so.
 Keys are never printed and never written to disk.
@@ -15,10 +15,14 @@ import hashlib
 import math
 import secrets
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 
+from dptrain.errors import ConfigError
 from dptrain.gaussian import add_normal, standard_normal
+from dptrain.lattice import add_noise
+from dptrain.mechanism import NoiseKind
 
 NOISE, SAMPLING = "noise", "sampling"
 
@@ -67,13 +71,19 @@ class StepNoise:
     Args:
         key: the noise key.
         step: index of the release; each index is used once.
+        kind: ``fast``: floating-point noise, ``gaussian.py``; ``secure``: noise on a lattice, ``lattice.py``.
     """
 
     key: RandomKey
     step: int
+    kind: NoiseKind = "fast"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(NoiseKind):
+            raise ConfigError(f"There is no noise {self.kind!r}; choose {' or '.join(get_args(NoiseKind))}.")
 
     def normal(self, stream: int, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
-        """Standard normal noise for one parameter.
+        """Standard normal noise for one parameter; ``fast`` only.
 
         Args:
             stream: position of the parameter in the model's order.
@@ -81,18 +91,26 @@ class StepNoise:
             dtype: ``float32`` or ``float64``.
         Returns:
             Independent N(0, 1) values.
+        Raises:
+            ConfigError: the noise is ``secure``, which means nothing apart from the sum that it is added to.
         """
+        if self.kind != "fast":
+            raise ConfigError("Secure noise is added to a sum on its lattice, never as floating-point numbers; call added_to.")
         return standard_normal(self.key.value.to_bytes(16, "big"), self.step, stream, math.prod(shape), dtype).reshape(shape)
 
     def added_to(self, values: np.ndarray, stream: int, std: float) -> np.ndarray:
-        """``values + std * normal(stream, values.shape)`` for one parameter, without the noise ever standing in memory.
+        """The sum of one parameter with its noise: the Gaussian mechanism, for values whose bounds ``std`` was made for.
 
         Args:
             values: float32 or float64; read only.
             stream: position of the parameter in the model's order.
             std: standard deviation.
         Returns:
-            A new array.
+            A new array. If ``fast``, ``values + std * normal(stream, values.shape)``, without the noise ever standing in memory.
+        Guarantee: if ``secure``, post-processing of the Gaussian mechanism on the real numbers, for a sensitivity that is enlarged as
+            ``mechanism.event_noise_multiplier`` pays for. If ``fast``, up to floating-point numbers.
+        Source: ``lattice.py``.
         """
+        add = add_noise if self.kind == "secure" else add_normal
         flat = np.ascontiguousarray(values).reshape(-1)
-        return add_normal(self.key.value.to_bytes(16, "big"), self.step, stream, flat, std).reshape(values.shape)
+        return add(self.key.value.to_bytes(16, "big"), self.step, stream, flat, std).reshape(values.shape)

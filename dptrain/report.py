@@ -97,6 +97,7 @@ def privacy_statement(
         "releases": releases,
         "events": [{**event.to_dict(), "count": count} for event, count in events],
         "float_margin": FLOAT_MARGIN,
+        "noise": privacy.noise,
         "groups": [
             {"name": g.name, "norm_bound": g.norm_bound, "noise_std": (stds or {}).get(g.name), "num_params": g.num_params}
             for g in plan.groups

@@ -24,6 +24,7 @@ from accounting import PrivacyLedger, SampledGaussian
 from dptrain import profiling
 from dptrain.backend import Backend
 from dptrain.inforce import PlanInForce
+from dptrain.mechanism import NoiseKind
 from dptrain.plan import Plan
 from dptrain.profiling import phase
 from dptrain.randomness import RandomKey, StepNoise
@@ -41,6 +42,7 @@ class Release:
         ledger: where the event is recorded.
         recorded: steps below this index are in the ledger already; only replayed steps of a run with ``unsafe_seed`` are, and
             those release the same bits again.
+        noise: how the noise is made; the event has paid for it.
     """
 
     stds: Mapping[str, float]
@@ -48,6 +50,7 @@ class Release:
     noise_key: RandomKey
     ledger: PrivacyLedger
     recorded: int = 0
+    noise: NoiseKind = "fast"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Update:
         if self.release is not None:
             stds = moving.stds if moving else self.release.stds
             with phase("noise"):
-                total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step))
+                total = backend.privatize(total, plan, stds, StepNoise(self.release.noise_key, step, self.release.noise))
         with phase("update"):
             backend.apply(self.model, self.optimizer, total, 1.0 / self.expected_batch_size, learning_rate)
         with phase("projection"):

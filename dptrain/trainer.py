@@ -88,13 +88,14 @@ def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int) ->
     """
     privacy = config.privacy
     if privacy.noise_multiplier is not None:
-        SampledGaussian(event_noise_multiplier(privacy.noise_multiplier), sample_rate)  # refuses what no accountant can speak of
+        # Refuses what no accountant can speak of.
+        SampledGaussian(event_noise_multiplier(privacy.noise_multiplier, privacy.noise), sample_rate)
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
     claimed = calibrate_noise_multiplier(
         privacy.target_epsilon, privacy.target_delta, sample_rate, num_steps, accountant=privacy.accountant, relation=privacy.relation
     )
-    return noise_multiplier_for(claimed)
+    return noise_multiplier_for(claimed, privacy.noise)
 
 
 def train(
@@ -203,7 +204,7 @@ class Loop:
                 "releases were lost; restore the ledger or start in another --out directory."
             )
         self.stds = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights).stds(setup.plan, privacy.relation)
-        event = release_event(setup.plan, self.stds, setup.sample_rate, privacy.relation)
+        event = release_event(setup.plan, self.stds, setup.sample_rate, privacy.relation, privacy.noise)
         if privacy.target_epsilon is not None:
             accountant = get_accountant(privacy.accountant, privacy.relation)
             remaining = max(0, setup.num_steps - self.ledger.num_releases)
@@ -215,7 +216,7 @@ class Loop:
                 )
         # With an unsafe_seed the steps between checkpoint and ledger release the same bits again, so they are not counted twice.
         recorded = self.ledger.num_releases if seed is not None else 0
-        return Release(self.stds, event, RandomKey.make(NOISE, seed), self.ledger, recorded)
+        return Release(self.stds, event, RandomKey.make(NOISE, seed), self.ledger, recorded, privacy.noise)
 
     def steps(self) -> range:
         """The steps to run: what the ledger leaves of the plan; a killed run that lost weights does not get its releases back."""

@@ -189,10 +189,11 @@ class PrivacyEngine(Promise):
         self.in_force, release = None, None
         if self.budget is not None:
             mechanism: GaussianMechanism = self.budget.mechanism
+            noise = settings.privacy.noise
             stds = mechanism.stds(plan, relation)
-            self._event = release_event(plan, stds, schedule.sample_rate, relation)
+            self._event = release_event(plan, stds, schedule.sample_rate, relation, noise)
             self._refuse_overspending()
-            release = Release(stds, self._event, self._keys[1], self.ledger)
+            release = Release(stds, self._event, self._keys[1], self.ledger, noise=noise)
             moving = PlanInForce(settings.strategy, self._info, plan, mechanism, relation, schedule.expected_batch_size)
             if moving.moves:
                 self.in_force = moving

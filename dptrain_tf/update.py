@@ -104,8 +104,9 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     Raises:
         KeyError: a parameter is in no group, so that nothing is ever released without noise.
         ConfigError: called while a ``tf.function`` is traced, where the noise would become a constant.
-    Guarantee: with ``stds`` from ``GaussianMechanism`` this is one Gaussian mechanism with the stated noise multiplier.
-    Source: math.md section 1.
+    Guarantee: with ``stds`` from ``GaussianMechanism`` this is one Gaussian mechanism with the stated noise multiplier, up to what the
+        event pays for rounding.
+    Source: math.md section 1; ``StepNoise.added_to``.
     """
     if not tf.executing_eagerly():
         raise ConfigError("privatize was called inside tf.function, which would freeze the noise to one draw; call it eagerly.")
@@ -117,15 +118,19 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
-        counts[name] = total.counts.get(name, tf.zeros([], tf.float64)) + stds[name] * float(noise.normal(len(sums), (), np.float64))
+        count = tf.constant(float(total.counts.get(name, 0.0)), tf.float64)
+        counts[name] = noisy(count, stds[name], noise, len(sums))
     return Grads(sums, total.stats, total.identifiers, counts)
 
 
 def noisy(value: Any, std: float, noise: StepNoise, stream: int) -> Any:
-    """A new tensor, the sum of one parameter and its noise."""
+    """A new tensor, the sum of one parameter and its noise; secure noise is added on the host, where its integers are."""
     wide = value.dtype == tf.float64
     if "CPU" in value.device and value.dtype in (tf.float32, tf.float64):
         return tf.convert_to_tensor(noise.added_to(np.asarray(memoryview(value)), stream, std))
+    if noise.kind == "secure":
+        host = tf.cast(value, tf.float64 if wide else tf.float32).numpy()
+        return tf.cast(tf.convert_to_tensor(noise.added_to(host, stream, std)), value.dtype)
     drawn = noise.normal(stream, tuple(value.shape), np.float64 if wide else np.float32)
     drawn *= std
     return value + tf.cast(drawn, value.dtype)

@@ -21,7 +21,7 @@ from dptrain.budget import Budget, Schedule
 from dptrain.config import Performance, Privacy
 from dptrain.errors import ConfigError, RunError, UnsupportedModelError
 from dptrain.inforce import PlanInForce
-from dptrain.mechanism import release_event
+from dptrain.mechanism import NoiseKind, release_event
 from dptrain.migration import understood
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, RandomKey
@@ -60,7 +60,7 @@ class PrivacyEngine(Promise, Watching):
         max_grad_norm: C, the L2 bound on one example's gradient.
         sampling: ``poisson`` with ``engine.loader``, or ``shuffle`` for a shuffled loader of your own, which claims no amplification.
         physical_batch_size: examples processed at once by ``engine.loader``; by default nearly every logical batch whole.
-        accountant, relation, allocation, noise_weights, unsafe_seed: as in ``dptrain.Privacy``.
+        accountant, relation, allocation, noise_weights, noise, unsafe_seed: as in ``dptrain.Privacy``.
         ledger: where releases are recorded: a ``PrivacyLedger``, the path of one, which is continued if it exists, or None for memory.
         probe: a small batch of inputs, on which the model is validated here and now; without it that happens at the first step.
         loss: for ``clipless``, a loss of ``dptrain_torch.get_loss``, or the Lipschitz constant of your own per-example loss.
@@ -96,6 +96,7 @@ class PrivacyEngine(Promise, Watching):
         relation: NeighboringRelation | str = NeighboringRelation.add_remove,
         allocation: str = "global",
         noise_weights: Mapping[str, float] | None = None,
+        noise: NoiseKind = "fast",
         unsafe_seed: int | None = None,
         ledger: PrivacyLedger | str | Path | None = None,
         probe: Any = None,
@@ -116,7 +117,7 @@ class PrivacyEngine(Promise, Watching):
                 {
                     "target_epsilon": as_float(target_epsilon), "noise_multiplier": as_float(noise_multiplier), "target_delta": delta,
                     "accountant": old.accountant, "relation": relation, "allocation": allocation,
-                    "noise_weights": dict(noise_weights or {}), "unsafe_seed": unsafe_seed,
+                    "noise_weights": dict(noise_weights or {}), "noise": noise, "unsafe_seed": unsafe_seed,
                 }
             )  # fmt: skip
             budget = Budget(privacy, schedule, ledger)
@@ -404,8 +405,8 @@ class PrivacyEngine(Promise, Watching):
         if self.budget is not None:
             mechanism, privacy = self.budget.mechanism, self.budget.privacy
             stds = mechanism.stds(plan, privacy.relation)
-            event = release_event(plan, stds, self.schedule.sample_rate, privacy.relation)
-            release = Release(stds, event, self._noise_key, self.budget.ledger)
+            event = release_event(plan, stds, self.schedule.sample_rate, privacy.relation, privacy.noise)
+            release = Release(stds, event, self._noise_key, self.budget.ledger, noise=privacy.noise)
             expected = self.schedule.expected_batch_size
             in_force = PlanInForce(self.strategy, info, plan, mechanism, privacy.relation, expected)
             self._in_force = in_force if in_force.moves else None

@@ -98,8 +98,9 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
         The released sums.
     Raises:
         KeyError: a parameter is in no group, so that nothing is ever released without noise.
-    Guarantee: with ``stds`` from ``GaussianMechanism`` this is one Gaussian mechanism with the stated noise multiplier.
-    Source: math.md section 1.
+    Guarantee: with ``stds`` from ``GaussianMechanism`` this is one Gaussian mechanism with the stated noise multiplier, up to what the
+        event pays for rounding.
+    Source: math.md section 1; ``StepNoise.added_to``.
     """
     groups, sums = group_of_parameter(plan), {}
     # A missing group raises before anything has been used up.
@@ -109,15 +110,19 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
-        counts[name] = total.counts.get(name, torch.zeros(())) + stds[name] * float(noise.normal(len(sums), (), np.float64))
+        count = torch.tensor(float(total.counts.get(name, 0.0)), dtype=torch.float64)
+        counts[name] = noisy(count, stds[name], noise, len(sums))
     return Grads(sums, total.stats, counts)
 
 
 def noisy(value: Tensor, std: float, noise: StepNoise, stream: int) -> Tensor:
-    """A new tensor, the sum of one parameter and its noise."""
+    """A new tensor, the sum of one parameter and its noise; secure noise is added on the host, where its integers are."""
     wide = value.dtype == torch.float64
     if value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(noise.added_to(value.numpy(), stream, std))
+    if noise.kind == "secure":
+        host = value.detach().cpu().to(torch.float64 if wide else torch.float32)
+        return torch.from_numpy(noise.added_to(host.numpy(), stream, std)).to(value.device, value.dtype)
     drawn = torch.from_numpy(noise.normal(stream, tuple(value.shape), np.float64 if wide else np.float32))
     return drawn.to(value.device, value.dtype).mul_(std).add_(value)
 

@@ -152,11 +152,13 @@ def our_step(case: Case, config: Any, data: Any) -> Built:
     setup = prepare(config, case.backend, data, native_model(case))
     release = in_force = None
     if setup.plan.private:
-        mechanism, relation = GaussianMechanism(1.0, config.privacy.allocation, config.privacy.noise_weights), config.privacy.relation
+        privacy = config.privacy
+        mechanism, relation = GaussianMechanism(1.0, privacy.allocation, privacy.noise_weights), privacy.relation
         moving = PlanInForce(config.strategy, setup.info, setup.plan, mechanism, relation, case.batch)
         in_force = moving if moving.moves else None
         stds = mechanism.stds(setup.plan, relation)
-        release = Release(stds, release_event(setup.plan, stds, 1.0, relation), RandomKey.make(NOISE), PrivacyLedger(None))
+        event = release_event(setup.plan, stds, 1.0, relation, privacy.noise)
+        release = Release(stds, event, RandomKey.make(NOISE), PrivacyLedger(None), noise=privacy.noise)
     sampler = PoissonSampler(case.batch, 1.0, RandomKey.make(SAMPLING))
     two_pass = config.performance.two_pass
     optimizer = setup.backend.build_optimizer(config.optimizer, setup.model)
