@@ -81,7 +81,7 @@ class Subject:
         privacy = setup.config.privacy
         mechanism = GaussianMechanism(noise_multiplier, privacy.allocation, privacy.noise_weights)
         self.stds = mechanism.stds(self.plan, privacy.relation)
-        self.event = release_event(self.plan, self.stds, 1.0, privacy.relation)
+        self.event = release_event(self.plan, self.stds, 1.0, privacy.relation, privacy.noise)
         self.watch, self.ledger = StepWatch(setup.backend), PrivacyLedger(None)
         self.watch.ledger = self.ledger
         self.start = self.watch.get_weights(setup.model)
@@ -89,7 +89,7 @@ class Subject:
         # The change of the weights is about one standard deviation of the noise, so that nothing of it is lost to rounding.
         self.rate = expected_batch_size / float(np.median([self.stds[g.name] for g in self.plan.gradient_groups]))
         optimizer = self.watch.build_optimizer(OptimizerConfig(name="sgd", learning_rate=self.rate), setup.model)
-        release = Release(self.stds, self.event, RandomKey.make(NOISE), self.ledger)
+        release = Release(self.stds, self.event, RandomKey.make(NOISE), self.ledger, noise=privacy.noise)
         self.step = TrainingStep(
             self.watch, setup.model, setup.loss, optimizer, self.plan, self.chosen, x, y, physical_batch_size,  # type: ignore[arg-type]
             lambda t: self.rate, setup.config.seed, release, setup.config.performance.two_pass,
