@@ -20,6 +20,7 @@ NOT_PRIVATE = (
     "the choice of hyper-parameters, if it was made by looking at results on this data",
     "side channels of the training machine, such as the time and the memory that a step takes",
 )
+WEIGHTS = "the weights, every checkpoint, and whatever is computed from them"  # of non-private training
 # What a statement needs beside config and ledger: the trainer knows it, run.json and privacy.json keep it.
 FACTS = (
     "config_hash", "backend", "strategy", "num_examples", "data", "public_constants", "clipping", "layers", "groups", "versions",
@@ -103,7 +104,7 @@ def privacy_statement(
         facts = {key: value for key, value in facts.items() if key not in ("groups", "clipping")}
         return {
             "schema_version": SCHEMA_VERSION, "private": False, "epsilon": None, "statement": text, "status": status,
-            "not_private": list(NOT_PRIVATE), **facts,
+            "not_private": [WEIGHTS, *NOT_PRIVATE], **facts,
         }  # fmt: skip
     delta, relation = privacy.target_delta, privacy.relation.value
     values = {name: get_accountant(name, privacy.relation).epsilon(events, delta) for name in ("rdp", "prv")}
