@@ -1,6 +1,6 @@
 """Line charts as inline SVG: small, without scripts, in the colours of the page, the same text for the same figures.
 
-Drawn directly rather than with matplotlib: colours follow the page's light and dark scheme, text stays text, and nothing has to be installed.
+Drawn directly rather than with matplotlib: colours follow the page's light and dark scheme, text stays text, nothing is installed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def line_chart(
     for name, value in limits:
         if y.holds(value):
             (x1, y1), (x2, _) = at(x.low, value), at(x.high, value)
-            parts.append(f'<path class="limit" d="M{x1} {y1}H{x2}"/><text class="name" x="{x2 - 4}" y="{y1 - 5}" text-anchor="end">')
+            parts.append(f'<path class="limit" d="M{x1} {y1}H{x2}"/><text class="name" x="{x1 + 6}" y="{y1 - 5}">')
             parts.append(f"{escape(name)}</text>")
     for index, line in enumerate(series):
         parts += drawn(line, index if line.colour is None else line.colour, x, y, at)
@@ -172,8 +172,6 @@ def legend(series: Sequence[Series]) -> Markup:
         colour = index if line.colour is None else line.colour
         dash = DASHES[colour % len(DASHES)]
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(
-            f'<li><svg class="key" viewBox="0 0 34 10" aria-hidden="true"><path class="line c{colour % COLOURS}" d="M1 5H33"{dashes}/></svg>'
-            f"{escape(line.name)}</li>"
-        )
+        stroke = f'<path class="line c{colour % COLOURS}" d="M1 5H33"{dashes}/>'
+        parts.append(f'<li><svg class="key" viewBox="0 0 34 10" aria-hidden="true">{stroke}</svg>{escape(line.name)}</li>')
     return Markup(f'<ul class="legend">{"".join(parts)}</ul>')

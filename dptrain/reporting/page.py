@@ -67,7 +67,7 @@ def page(report: RunReport, others: Sequence[RunReport] = ()) -> str:
     )
 
 
-def void(report: RunReport, title: str) -> str:
+def titled(report: RunReport, title: str) -> str:
     """A chart's title, with the warning that belongs to its figures."""
     return f"VOID (unsafe_seed): {title}" if report.void else title
 
@@ -86,14 +86,19 @@ def risk_charts(report: RunReport) -> list[Chart]:
     up = Axis("true-positive rate, at most", LEAST_RATE, 1.0, log=True)
     bound = Series("bound for every attack", found)
     chance = Series("guessing", guess)
-    first, second = void(report, "Trade-off curve"), void(report, "Most that a membership attack finds")
+    first, second = titled(report, "Trade-off curve"), titled(report, "Most that a membership attack finds")
     missed = [Series("bound for every attack", tradeoff), Series("guessing", [(rate, 1 - rate) for rate, _ in tradeoff])]
-    text = f"At every false-positive rate, the least share of members that any attack misses. Advantage at most {report.risks.advantage:.4g}."
+    text = "At every false-positive rate, the least share of members that any attack misses; guessing misses all that it does not hit."
+    drawn = line_chart("tradeoff", first, text, across, down, missed)
+    rows = some_rows([(a, b) for a, b in tradeoff if a >= LEAST_RATE])
+    advantage = wording.up(report.risks.advantage)
+    text = f"At every false-positive rate, the greatest true-positive rate of any attack; advantage at most {advantage}."
     return [
-        Chart(first, line_chart("tradeoff", first, text, across, down, missed), legend(missed), ("false-positive rate", "false-negative rate"),
-              some_rows([(a, b) for a, b in tradeoff if a >= LEAST_RATE])),
-        Chart(second, line_chart("roc", second, "At every false-positive rate, the greatest true-positive rate of any attack, beside guessing.",
-              across, up, [bound, chance]), legend([bound, chance]), ("false-positive rate", "true-positive rate"), some_rows(found)),
+        Chart(first, drawn, legend(missed), ("false-positive rate", "false-negative rate, at least"), rows),
+        Chart(
+            second, line_chart("roc", second, text, across, up, [bound, chance]), legend([bound, chance]),
+            ("false-positive rate", "true-positive rate, at most"), some_rows(found),
+        ),
     ]  # fmt: skip
 
 
@@ -101,16 +106,17 @@ def budget_charts(report: RunReport) -> list[Chart]:
     """Epsilon over the releases, by both accountants."""
     if not report.budget:
         return []
-    privacy = report.files.config.privacy
-    lines = [Series(name, [(float(s.releases), getattr(s, name)) for s in report.budget], len(report.budget) == 1) for name in ("prv", "rdp")]
-    limits = [] if privacy.target_epsilon is None else [(f"target {privacy.target_epsilon:g}", privacy.target_epsilon)]
+    privacy, void = report.files.config.privacy, wording.mark(report)
+    lines = [Series(name, [(float(s.releases), getattr(s, name)) for s in report.budget]) for name in ("prv", "rdp")]
+    target = privacy.target_epsilon
+    limits = [] if target is None else [(f"target {target:g}, by {privacy.accountant}", target)]
     values = [y for line in lines for _, y in line.points] + [value for _, value in limits]
-    title = void(report, f"Epsilon spent, at delta = {privacy.target_delta:g}")
-    text = f"Epsilon after each number of releases, by accountants prv and rdp; it ends at {report.statement['epsilon']:.6g}."
+    title = titled(report, f"Epsilon spent, at delta = {privacy.target_delta:g}")
+    text = f"Epsilon after each number of releases, by accountants prv and rdp; it ends at {report.statement['epsilon']:.6g}{void}."
     x = linear("releases (training steps)", [0.0, float(report.files.releases)], zero=True)
     svg = line_chart("spent", title, text, x, linear("epsilon (nats)", values, zero=True), lines, limits)
     chosen = [report.budget[i - 1] for i in spread(len(report.budget), ROWS)]
-    rows = [[f"{s.releases:,}", f"{s.prv:.6g}", f"{s.rdp:.6g}"] for s in chosen]
+    rows = [[f"{s.releases:,}", f"{s.prv:.6g}{void}", f"{s.rdp:.6g}{void}"] for s in chosen]
     return [Chart(title, svg, legend(lines), ("releases", "epsilon (prv)", "epsilon (rdp)"), rows)]
 
 
@@ -145,7 +151,7 @@ def quality_charts(report: RunReport, others: Sequence[RunReport]) -> list[Chart
         return []
     xs, ys = [x for line in lines for x, _ in line.points], [y for line in lines for _, y in line.points] + [y for _, y in limits]
     title = f"Test {metric} against epsilon"
-    title = void(report, title) if not others else title
+    title = titled(report, title) if not others else title
     text = f"Test {metric} at each evaluation over the epsilon spent by then, for {len(lines)} private run(s)."
     # Accuracy and the like do not pass 1.
     y = linear(f"test {metric}" + (" (nats)" if metric == "loss" else ""), ys, most=None if metric == "loss" else 1.0)

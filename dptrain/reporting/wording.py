@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
 
 from accounting import NeighboringRelation
@@ -26,8 +25,8 @@ def alarms(report: RunReport) -> list[str]:
         found.append("No privacy guarantee. This model was trained without differential privacy: no epsilon exists.")
     if report.void:
         found.append(
-            "No privacy guarantee: unsafe_seed is set. Whoever knows it can reproduce sampling and noise, and subtract the noise. Every epsilon "
-            "below is void; it is what would hold had the keys come from the operating system."
+            "No privacy guarantee: unsafe_seed is set. Whoever knows it can reproduce sampling and noise, and subtract the noise. Every "
+            "epsilon below is void; it is what would hold had the keys come from the operating system."
         )
     audit = report.files.audit
     if audit is not None and not audit.passed:
@@ -62,7 +61,8 @@ def headline(report: RunReport) -> str:
         return "no differential privacy, no epsilon"
     said = report.statement
     text = f"epsilon = {said['epsilon']:.6g} at delta = {said['delta']:g}"
-    text += "" if report.files.status == COMPLETE else f", so far ({report.files.releases} of {report.files.run.num_steps} planned releases)"
+    if report.files.status != COMPLETE:
+        text += f", so far ({report.files.releases} of {report.files.run.num_steps} planned releases)"
     return f"VOID (unsafe_seed): {text}" if report.void else text
 
 
@@ -99,20 +99,12 @@ def figures(report: RunReport) -> list[tuple[str, str]]:
 
 def up(value: float) -> str:
     """Four digits, rounded up: an upper bound stays one."""
-    return f"{rounded(value, math.ceil):.4g}"
+    return f"{float(Context(4, ROUND_CEILING).create_decimal(repr(value))):.4g}"
 
 
 def down(value: float) -> str:
     """Four digits, rounded down: a lower bound stays one."""
-    return f"{rounded(value, math.floor):.4g}"
-
-
-def rounded(value: float, direction: Callable[[float], int]) -> float:
-    """A number of four digits on one side of another."""
-    if value <= 0:
-        return value
-    scale = 10.0 ** (3 - math.floor(math.log10(value)))
-    return direction(value * scale) / scale if math.isfinite(scale) else value
+    return f"{float(Context(4, ROUND_FLOOR).create_decimal(repr(value))):.4g}"
 
 
 def progress(report: RunReport) -> str:
@@ -135,7 +127,8 @@ def noise(report: RunReport) -> str:
     sigmas = sorted({event.noise_multiplier for event, _ in report.files.events})
     text = "Gaussian"
     if sigmas:
-        text += f", noise multiplier {sigmas[0]:.6g}" if len(sigmas) == 1 else f", noise multipliers from {sigmas[0]:.6g} to {sigmas[-1]:.6g}"
+        several = f"s from {sigmas[0]:.6g} to {sigmas[-1]:.6g}"
+        text += ", noise multiplier" + (f" {sigmas[0]:.6g}" if len(sigmas) == 1 else several)
     kind = getattr(report.files.config.privacy, "noise", None)
     return text + (f"; generator: {kind}" if isinstance(kind, str) else "")
 
@@ -154,10 +147,10 @@ def promise(report: RunReport) -> list[str]:
     )
     return [
         f"{void}For any two neighbouring data sets, every set of outcomes of this training is at most e^epsilon times as probable with one "
-        f"as with the other, plus delta, with epsilon = {epsilon:.6g}{factor} and delta = {said['delta']:g}.",
+        f"as with the other, plus delta, with epsilon = {epsilon:.6g}{mark(report)}{factor} and delta = {said['delta']:g}.",
         RELATIONS[NeighboringRelation(said["neighboring_relation"])],
-        "An outcome is everything that follows from the noisy sums: the final weights, every checkpoint, and whatever is computed from them "
-        "alone.",
+        "An outcome is everything that follows from the noisy sums: the final weights, every checkpoint, and whatever is computed from "
+        "them alone.",
         unit,
         bounds(report),
         "The figures are upper bounds, computed for this report from the privacy ledger, in which every release was recorded on disk "
@@ -169,8 +162,8 @@ def bounds(report: RunReport) -> str:
     """Where the bound on an example's influence comes from."""
     if report.files.config.strategy.proves:
         return (
-            "No example's gradient can exceed the bounds below: they are proven from certified operator norms of the weights in force, renewed "
-            "at every step; those shown are the last ones known."
+            "No example's gradient can exceed the bounds below: they are proven from certified operator norms of the weights in force, "
+            "renewed at every step; those shown are the last ones known."
         )
     moves = " The clipping norm follows a quantile that was released with noise." if report.files.config.strategy.adaptive else ""
     return (
@@ -229,8 +222,8 @@ def plan_rows(report: RunReport) -> list[list[str]]:
 
 PLAN_TITLES = ("layer", "kind", "T", "D", "p", "parameters", "method", "group", "bound of the group", "noise std")
 PLAN_TEXT = (
-    "T: positions per example; D: inputs per position; p: outputs per position. Method: how an example's norm is taken. Bound: L2 norm of one "
-    "example's part of the group's sum; noise std: standard deviation of the noise on that sum, in the same units."
+    "T: positions per example; D: inputs per position; p: outputs per position. Method: how an example's norm is taken. Bound: L2 norm of "
+    "one example's part of the group's sum; noise std: standard deviation of the noise on that sum, in the same units."
 )
 
 
