@@ -150,8 +150,25 @@ class Backend(Protocol):
         """Group -> L2 norm of a gradient sum. NOT private before noise."""
         ...
 
+    # --- for audits: identifiers are those of the plan's layers, layouts the framework's own ---
+    def sums(self, model: Model, grads: Grads) -> Arrays:
+        """Identifier -> gradient sum of each trainable parameter, copied. NOT private before noise."""
+        ...
+
+    def shifted(self, model: Model, grads: Grads, by: Mapping[str, np.ndarray]) -> Grads:
+        """The same sums with arrays added; parameters that are not named stay as they are."""
+        ...
+
+    def parameters(self, model: Model) -> Arrays:
+        """Identifier -> each trainable parameter, copied."""
+        ...
+
     def predict(self, model: Model, x: np.ndarray) -> np.ndarray:
         """Outputs of the model in inference mode."""
+        ...
+
+    def losses(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Loss of each example in inference mode, ``[N]``. NOT private."""
         ...
 
     def evaluate(self, model: Model, loss: Loss, x: np.ndarray, y: np.ndarray) -> dict[str, float]:

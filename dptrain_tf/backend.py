@@ -197,9 +197,23 @@ class TensorFlowBackend:
     def group_norms(self, grads: Grads, plan: Plan) -> dict[str, float]:
         return update.group_norms(grads, plan)
 
+    def sums(self, model: Any, grads: Grads) -> dict[str, np.ndarray]:
+        return update.sums(grads)
+
+    def shifted(self, model: Any, grads: Grads, by: Mapping[str, np.ndarray]) -> Grads:
+        return update.shifted(grads, by)
+
+    def parameters(self, model: Any) -> dict[str, np.ndarray]:
+        return update.parameters(model)
+
     def predict(self, model: Any, x: np.ndarray) -> np.ndarray:
         run = tf.function(lambda batch: model(batch, training=False), autograph=False)
         return np.concatenate([run(self.tensor(x[i : i + CHUNK])).numpy() for i in range(0, len(x), CHUNK)])
+
+    def losses(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        outputs = self.predict(model, x)
+        parts = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
+        return np.concatenate([loss(self.tensor(y[part]), self.tensor(outputs[part])).numpy() for part in parts])
 
     def evaluate(self, model: Any, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         outputs = self.predict(model, x)

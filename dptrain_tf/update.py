@@ -66,6 +66,31 @@ def group_norms(total: Grads, plan: Plan) -> dict[str, float]:
     return {name: float(square) ** 0.5 for name, square in squares.items()}
 
 
+def sums(grads: Grads) -> dict[str, np.ndarray]:
+    """Identifier -> gradient sum, copied. NOT private before noise."""
+    return {grads.identifiers[name]: np.array(value) for name, value in grads.sums.items()}
+
+
+def shifted(grads: Grads, by: Mapping[str, np.ndarray]) -> Grads:
+    """The same sums with arrays added.
+
+    Args:
+        grads: sums; left as they are.
+        by: identifier -> array; parameters that are not named stay as they are.
+    Returns:
+        New sums.
+    """
+    names = {name: by.get(grads.identifiers[name]) for name in grads.sums}
+    added = {name: value if names[name] is None else value + tf.cast(names[name], value.dtype) for name, value in grads.sums.items()}
+    return Grads(added, grads.stats, grads.identifiers, grads.counts)
+
+
+def parameters(model: Any) -> dict[str, np.ndarray]:
+    """Identifier -> trainable parameter, copied."""
+    known = identifiers(find_units(model))
+    return {known[name]: v.numpy().copy() for name, v in trainable(model).items()}
+
+
 def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
     """Add Gaussian noise to the sum of every trainable parameter, used in this step or not, and to every count. Not for ``tf.function``.
 

@@ -157,6 +157,15 @@ class TorchBackend:
     def group_norms(self, grads: Grads, plan: Plan) -> dict[str, float]:
         return update.group_norms(grads, plan)
 
+    def sums(self, model: nn.Module, grads: Grads) -> dict[str, np.ndarray]:
+        return update.sums(grads)
+
+    def shifted(self, model: nn.Module, grads: Grads, by: Mapping[str, np.ndarray]) -> Grads:
+        return update.shifted(grads, by)
+
+    def parameters(self, model: nn.Module) -> dict[str, np.ndarray]:
+        return update.parameters(model)
+
     def predict(self, model: nn.Module, x: np.ndarray) -> np.ndarray:
         was_training = model.training
         model.eval()
@@ -165,6 +174,11 @@ class TorchBackend:
                 return np.concatenate([model(self.tensor(x[i : i + CHUNK])).cpu().numpy() for i in range(0, len(x), CHUNK)])
         finally:
             model.train(was_training)
+
+    def losses(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        outputs = self.predict(model, x)
+        parts = [slice(i, i + CHUNK) for i in range(0, len(x), CHUNK)]
+        return np.concatenate([loss(self.tensor(outputs[part]), self.tensor(y[part])).cpu().numpy() for part in parts])
 
     def evaluate(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         outputs = self.predict(model, x)

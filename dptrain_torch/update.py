@@ -63,6 +63,29 @@ def group_norms(total: Grads, plan: Plan) -> dict[str, float]:
     return {name: float(square) ** 0.5 for name, square in squares.items()}
 
 
+def sums(grads: Grads) -> dict[str, np.ndarray]:
+    """Identifier -> gradient sum, copied. NOT private before noise."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in grads.sums.items()}
+
+
+def shifted(grads: Grads, by: Mapping[str, np.ndarray]) -> Grads:
+    """The same sums with arrays added.
+
+    Args:
+        grads: sums; left as they are.
+        by: identifier -> array; parameters that are not named stay as they are.
+    Returns:
+        New sums.
+    """
+    added = {name: value + torch.from_numpy(np.array(by[name])).to(value) if name in by else value for name, value in grads.sums.items()}
+    return Grads(added, grads.stats, grads.counts)
+
+
+def parameters(model: nn.Module) -> dict[str, np.ndarray]:
+    """Identifier -> trainable parameter, copied."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in trainable(model).items()}
+
+
 def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Grads:
     """Add Gaussian noise to the sum of every trainable parameter, used in this step or not, and to every count.
 

@@ -1,0 +1,207 @@
+"""Checks of the parts of a step: sensitivity, noise, its independence, sampling, the ledger. Exact, or a test at one in a million.
+
+They say more than a lower bound on epsilon: where it is broken, and with a handful of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+
+from dptrain.auditing.bounds import FALSE_ALARM, Array
+from dptrain.auditing.findings import Finding
+from dptrain.auditing.subject import Subject
+from dptrain.auditing.watch import owner_parameters
+from dptrain.mechanism import FLOAT_MARGIN
+
+# Normal approximations are trusted to this many standard deviations: 2e-9.
+FAR = 6.0
+SHORTEST = 64
+
+
+def contributions(subject: Subject) -> list[Array]:
+    """What each example of the pool adds to an empty batch, whitened."""
+    return [subject.total([i]) for i in range(len(subject.y))]
+
+
+def sensitivity(subject: Subject, alone: list[Array], when: str) -> Finding:
+    """No example may add more than its bound to any group, alone or beside others.
+
+    Args:
+        subject: the step.
+        alone: of ``contributions``.
+        when: which weights, for the text.
+    Returns:
+        The finding; exact, up to ``FLOAT_MARGIN``.
+    """
+    largest, where = 0.0, ""
+    bounds = {g.name: g.norm_bound / subject.stds[g.name] for g in subject.plan.gradient_groups}
+    base = crowd(alone, subject.size - 1)
+    crowded = subject.total(base)
+    order = sorted(range(len(alone)), key=lambda i: -float(np.linalg.norm(alone[i])))
+    beside = [(f"example {i} beside {len(base)} others", subject.total([*base, i]) - crowded) for i in order[:4]]
+    for name, change in [*((f"example {i} alone", v) for i, v in enumerate(alone)), *beside]:
+        for group, part in subject.groups(change).items():
+            ratio = float(np.linalg.norm(part)) / bounds[group]
+            if not ratio <= largest:  # not a number counts as the largest
+                largest, where = ratio, f"{name}, group {group!r}"
+    return Finding(
+        f"sensitivity ({when})", bool(largest <= 1 + FLOAT_MARGIN),
+        f"{len(alone)} strained examples add at most {largest:.6g} times the claimed bound ({where or 'nothing at all'})",
+        {"largest_over_bound": largest},
+    )  # fmt: skip
+
+
+def crowd(alone: list[Array], count: int) -> list[int]:
+    """Copies of the example whose contribution is most opposed to the largest one, so that what they share counts."""
+    largest = alone[int(np.argmax([np.linalg.norm(v) for v in alone]))]
+    return [int(np.argmin([float(v @ largest) for v in alone]))] * count
+
+
+def residuals(subject: Subject, alone: list[Array], repeats: int = 4) -> dict[str, list[Array]]:
+    """Noise as an attacker who knows everything else sees it, for an empty batch, one physical batch, and several."""
+    found: dict[str, list[Array]] = {}
+    for name, size in (("empty batch", 0), ("one physical batch", subject.size - 1), ("several physical batches", 3 * subject.size - 1)):
+        indices = crowd(alone, size)
+        found[name] = []
+        for _ in range(repeats):
+            exact = subject.total(indices)
+            found[name].append(subject.release(indices) - exact)
+    return found
+
+
+def noise(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
+    """The noise of every group must have the standard deviation that the event was made from, whatever is in the batch.
+
+    Args:
+        subject: the step.
+        seen: of ``residuals``.
+    Returns:
+        The finding: chi-square tests of the variance, two-sided, one per group and kind of batch, at one in a million together.
+    """
+    from scipy.stats import chi2
+
+    tests, worst, text, passed, lowest = 0, 1.0, "", True, math.inf
+    kinds = [(kind, group.name) for kind in seen for group in subject.plan.gradient_groups]
+    for kind, group in kinds:
+        values = np.concatenate([subject.groups(v)[group] for v in seen[kind]])
+        if not len(values):
+            continue
+        tests += 1
+        square = float(values @ values) if np.isfinite(values).all() else math.inf
+        p = 2 * min(float(chi2.cdf(square, len(values))), float(chi2.sf(square, len(values))))
+        ratio = math.sqrt(square / len(values))
+        lowest = min(lowest, ratio)
+        if p <= worst:
+            worst, text = p, f"{ratio:.4g} times the claimed standard deviation in group {group!r}, {kind}"
+        passed = passed and p > FALSE_ALARM / len(kinds)
+    said = f"largest deviation of {tests} tests: {text} (p = {worst:.3g})"
+    return Finding("noise", passed, said, {"smallest_over_claimed": lowest, "p_value": worst})
+
+
+def count_noise(subject: Subject) -> Finding:
+    """The same for the count that moves a clipping norm, over all releases so far.
+
+    Returns:
+        The finding; a two-sided chi-square test at one in a million.
+    """
+    from scipy.stats import chi2
+
+    values = np.array(subject.watch.counts_off)
+    square = float(values @ values)
+    p = 2 * min(float(chi2.cdf(square, len(values))), float(chi2.sf(square, len(values))))
+    ratio = math.sqrt(square / len(values))
+    text = f"{len(values)} released counts had {ratio:.4g} times the claimed standard deviation (p = {p:.3g})"
+    return Finding("noise of the released count", p > FALSE_ALARM, text, {"over_claimed": ratio, "p_value": p})
+
+
+def independence(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
+    """The noise of one step must say nothing about that of another, nor one parameter's about another's.
+
+    Returns:
+        The finding: correlations, normal to good accuracy, none beyond six standard deviations.
+    """
+    draws = [v for kind in seen.values() for v in kind]
+    pairs = list(combinations(draws, 2))
+    for draw in draws[:3]:
+        parts = [p for p in parameters(subject, draw) if len(p) >= SHORTEST]
+        pairs += [(a[: min(len(a), len(b))], b[: min(len(a), len(b))]) for a, b in combinations(parts[:40], 2)]
+    largest = 0.0
+    for a, b in pairs:
+        scale = float(np.linalg.norm(a) * np.linalg.norm(b))
+        largest = max(largest, abs(float(a @ b)) / scale * math.sqrt(len(a)) if scale else math.inf)
+    passed = largest <= FAR + math.sqrt(2 * math.log(max(2, len(pairs)))) - 1
+    return Finding("independence of the noise", passed, f"largest of {len(pairs)} correlations is {largest:.3g} standard deviations",
+                   {"largest_correlation": largest})  # fmt: skip
+
+
+def parameters(subject: Subject, vector: Array) -> list[Array]:
+    """A whitened vector, cut into parameters."""
+    arrays = subject.watch.parameters(subject.setup.model)
+    sizes = [arrays[n].size for g in subject.plan.gradient_groups for n in owner_parameters(subject.plan, g.name) if n in arrays]
+    return np.split(vector, np.cumsum(sizes)[:-1])
+
+
+def bookkeeping(subject: Subject) -> Finding:
+    """Every release is in the ledger before the weights change, with the noise it had.
+
+    Returns:
+        The finding; exact.
+    """
+    events = subject.ledger.events
+    counted = subject.ledger.num_releases
+    claimed = min((event.noise_multiplier for event, _ in events), default=math.inf)
+    right = counted >= subject.steps and subject.late == 0 and claimed <= subject.event.noise_multiplier * (1 + 1e-9)
+    return Finding(
+        "ledger", bool(right), f"{counted} of {subject.steps} releases recorded, {subject.late} of them after the weights had changed",
+        {"recorded": float(counted), "released": float(subject.steps), "late": float(subject.late)},
+    )  # fmt: skip
+
+
+def sampling(sampler: Any, draws: int = 200) -> Finding:
+    """Logical batches must look like independent coins of the claimed rate.
+
+    Args:
+        sampler: of the run, with ``num_examples``, ``sample_rate`` and ``sample(step)``.
+        draws: logical batches.
+    Returns:
+        The finding: rate, spread of the sizes, spread of each example's count, overlap of neighbouring batches, each within six standard
+        deviations of what Poisson sampling has; and no example twice in a batch.
+    """
+    n, q = sampler.num_examples, sampler.sample_rate
+    draws = int(min(draws, max(20, 2e7 // n)))
+    # Indices that no training step has used.
+    batches = [np.asarray(sampler.sample(10**9 + t)) for t in range(draws)]
+    repeated = any(len(np.unique(b)) < len(b) for b in batches)
+    counts = np.bincount(np.concatenate([*batches, np.zeros(0, np.int64)]).astype(np.int64), minlength=n).astype(np.float64)
+    sizes = np.array([len(b) for b in batches], np.float64)
+    overlap = float(sum(len(np.intersect1d(a, b)) for a, b in pairwise(batches)))
+    if q >= 1:
+        passed = bool((sizes == n).all() and not repeated)
+        return Finding("sampling", passed, f"all {n} examples in each of {draws} batches", {})
+    var = q * (1 - q)
+    scores = {
+        "rate": (sizes.sum() - draws * n * q) / math.sqrt(draws * n * var),
+        "spread of batch sizes": spread(sizes, n, q),
+        "spread of examples' counts": spread(counts, draws, q),
+        "overlap of neighbouring batches": (overlap - (draws - 1) * n * q * q) / math.sqrt((draws - 1) * n * overlap_variance(q)),
+    }
+    worst = max(scores, key=lambda name: abs(scores[name]))
+    passed = abs(scores[worst]) <= FAR and not repeated
+    text = f"{draws} batches of {n} examples at rate {q:.4g}: {worst} is off by {abs(scores[worst]):.3g} standard deviations"
+    return Finding("sampling", bool(passed), text + ("; an example was drawn twice" if repeated else ""), scores)
+
+
+def spread(values: Array, trials: int, q: float) -> float:
+    """How far the sum of squared deviations of binomial values is from its mean, in standard deviations."""
+    var = trials * q * (1 - q)
+    fourth = var * (1 + 3 * var * (1 - 2 / trials)) if trials > 1 else var * (1 - 3 * q * (1 - q))
+    return float((((values - trials * q) ** 2).sum() - len(values) * var) / math.sqrt(len(values) * (fourth - var**2)))
+
+
+def overlap_variance(q: float) -> float:
+    """Variance per example and pair of an overlap: chains of coins, neighbours share one."""
+    return q * q * (1 - q * q) + 2 * (q**3 - q**4)
