@@ -133,6 +133,7 @@ def privacy_statement(
         "releases": releases,
         "events": [{**event.to_dict(), "count": count} for event, count in events],
         "float_margin": FLOAT_MARGIN,
+        **({"noise": privacy.noise} if hasattr(privacy, "noise") else {}),
         "allocation": privacy.allocation,
         "not_private": list(NOT_PRIVATE),
         **facts,

@@ -61,6 +61,13 @@ class Axis:
         step = round_step((self.high - self.low) / 5)
         return [step * k for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
+    def text(self, tick: float) -> str:
+        """A tick's text, with as many digits as tell it from its neighbours."""
+        if self.log:
+            return number(tick)
+        step, most = round_step((self.high - self.low) / 5), max(abs(self.low), abs(self.high))
+        return f"{tick + 0.0:.{max(4, 2 + math.floor(math.log10(most / step)))}g}"
+
 
 def round_step(size: float) -> float:
     """The smallest of 1, 2 and 5 times a power of ten that is at least ``size``."""
@@ -89,7 +96,7 @@ def linear(label: str, values: Sequence[float], zero: bool = False, most: float 
 
 
 def number(value: float) -> str:
-    """A tick's text: powers of ten on their own, else few digits."""
+    """A power of ten, as it is or with its exponent."""
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
         exponent = round(math.log10(abs(value)))
         if math.isclose(value, 10.0**exponent, rel_tol=1e-9):
@@ -134,16 +141,15 @@ def line_chart(
 
 def grid(x: Axis, y: Axis, at: Callable[[float, float], tuple[float, float]]) -> list[str]:
     """Grid lines, ticks and labels."""
-    parts = []
-    bottom, left = HEIGHT - BOTTOM, LEFT
+    parts, bottom, left = [], HEIGHT - BOTTOM, LEFT
     for tick in x.ticks():
         across, _ = at(tick, y.low)
         parts.append(f'<path class="grid" d="M{across} {TOP}V{bottom}"/>')
-        parts.append(f'<text class="tick" x="{across}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{across}" y="{bottom + 16}" text-anchor="middle">{x.text(tick)}</text>')
     for tick in y.ticks():
         _, up = at(x.low, tick)
         parts.append(f'<path class="grid" d="M{left} {up}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{up + 4}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{up + 4}" text-anchor="end">{y.text(tick)}</text>')
     middle, height = (left + WIDTH - RIGHT) / 2, (TOP + bottom) / 2
     parts.append(f'<path class="axis" d="M{left} {TOP}V{bottom}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>')

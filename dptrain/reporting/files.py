@@ -128,6 +128,7 @@ def read_run(directory: str | Path) -> RunFiles:
     # Everything that was written after a release is read before the ledger, which may grow while this is read.
     checkpoint, metrics = checkpoint_step(path), read_metrics(path)
     ledger = PrivacyLedger.read(path / "ledger.jsonl")
+    check_owner(run, config, ledger)
     remarks = tuple(text.replace(str(path / "ledger.jsonl"), "ledger.jsonl") for text in ledger.warnings)
     found = RunFiles(path, run, config, stored, metrics, ledger.events, "", audit, remarks)
     check_ledger(found, checkpoint)
@@ -261,6 +262,19 @@ def with_releases(metrics: Metrics, files: RunFiles) -> Metrics:
     return Metrics(metrics.lines, metrics.steps, tuple(moved), metrics.final)
 
 
+def check_owner(run: Run, config: TrainConfig, ledger: PrivacyLedger) -> None:
+    """Compare what a ledger's header states, if it states anything, with the run.
+
+    Raises:
+        RunError: it is the ledger of another run, or its events are in units of another relation's sensitivity.
+    """
+    stated = dict(getattr(ledger, "facts", {}))
+    wanted = {"run": run.run, "relation": config.privacy.relation.value, "num_examples": run.num_examples}
+    for key, value in wanted.items():
+        if value is not None and stated.get(key, value) != value:
+            raise RunError(f"ledger.jsonl belongs to another run ({key} {stated[key]!r}, of this run {value!r}); restore the ledger.")
+
+
 def check_ledger(files: RunFiles, checkpoint: int) -> None:
     """Refuse a ledger that cannot be that of the run.
 
@@ -384,7 +398,8 @@ def status_of(files: RunFiles) -> str:
     fresh = files.stored is not None and (not files.private or files.stored.releases == files.releases)
     told = files.stored.status if fresh and files.stored is not None else UNFINISHED
     if files.metrics.final or told == COMPLETE:
-        if files.private and files.releases < files.run.num_steps:
+        # With a target, the budget may end a run before its last planned step.
+        if files.private and files.releases < files.run.num_steps and files.config.privacy.target_epsilon is None:
             raise RunError(
                 f"{files.path} says that the run is complete, and its ledger holds {files.releases} of {files.run.num_steps} releases; "
                 "restore the ledger."

@@ -68,6 +68,7 @@ class Statement(Record):
     releases: NonNegativeInt | None = None
     events: tuple[dict[str, Any], ...] = Field((), description="the ledger: what was released, and how often")
     float_margin: NonNegative | None = Field(None, description="relative reduction of the claimed noise, which pays for rounding")
+    noise: str | None = Field(None, description="how the noise is made: fast or secure")
     allocation: str | None = None
     clipping: str | None = Field(None, description="clipping function; null where bounds are proven")
     not_private: tuple[str, ...] = Field((), description="what the guarantee does not cover")
@@ -103,6 +104,7 @@ class Run(Record):
     num_steps: PositiveInt
     sample_rate: Probability
     noise_multiplier: Positive | None = None
+    run: str | None = None
     facts: Facts | None = None
 
 
@@ -115,9 +117,12 @@ class Finding(Record):
 
 
 class Audit(Record):
-    """``audit.json``, where a run has been audited."""
+    """``audit.json``, where the config of a run has been audited."""
 
     epsilon_lower_bound: NonNegative | None = None
+    epsilon: NonNegative | None = None
+    delta: Probability | None = None
+    relation: str | None = None
     confidence: Probability | None = None
     passed: bool
     findings: tuple[Finding, ...] = ()

@@ -31,18 +31,12 @@ def alarms(report: RunReport) -> list[str]:
     audit = report.files.audit
     if audit is not None and not audit.passed:
         found.append("An audit of this run failed; see its findings before relying on any figure.")
-    if contradicted(report) and audit is not None:
+    if report.contradicted and audit is not None:
         found.append(
-            f"An audit contradicts the guarantee: it found epsilon to be at least {audit.epsilon_lower_bound:.6g}, above the "
-            f"{report.statement['epsilon']:.6g} that is stated. Something that was accounted for did not happen; do not release this model."
+            f"An audit contradicts the guarantee: it found epsilon to be at least {audit.epsilon_lower_bound:.6g}, above what is claimed. "
+            "Something that was accounted for did not happen; do not release this model."
         )
     return found
-
-
-def contradicted(report: RunReport) -> bool:
-    """Whether an audit's lower bound exceeds the stated upper one."""
-    audit, epsilon = report.files.audit, report.statement["epsilon"]
-    return audit is not None and audit.epsilon_lower_bound is not None and epsilon is not None and audit.epsilon_lower_bound > epsilon
 
 
 def remarks(report: RunReport) -> list[str]:
@@ -51,6 +45,15 @@ def remarks(report: RunReport) -> list[str]:
     if report.files.status != COMPLETE:
         ending = "; resuming it spends more, and needs a new report" if report.private else ""
         found.append(f"The run is {report.files.status}{ending}.")
+    elif report.private and report.files.releases < report.files.run.num_steps:
+        found.append(f"The run was ended by its budget after {report.files.releases} of {report.files.run.num_steps} planned releases.")
+    if report.shared is not None and report.shared.epsilon is not None:
+        found.append(
+            f"All runs that share the ledger {report.shared.path} have made {report.shared.releases} releases from this data: together "
+            f"epsilon = {report.shared.epsilon:.6g} at delta = {report.statement['delta']:g}{mark(report)}."
+        )
+    elif report.shared is not None:
+        found.append(f"The run shares the ledger {report.shared.path} with others, which cannot be read from here; they have spent, too.")
     found += [text[:1].upper() + text[1:].rstrip(".") + "." for text in report.files.remarks]
     return found
 
@@ -195,7 +198,8 @@ def audit(report: RunReport) -> list[str]:
     if found.epsilon_lower_bound is not None:
         confidence = f" with confidence {found.confidence:.4g}" if found.confidence is not None else ""
         text += f": it shows that epsilon is at least {found.epsilon_lower_bound:.6g}{confidence}"
-    return [text + ".", *(f"{f.name}: {'passed' if f.passed else 'FAILED'}. {f.text}".strip() for f in found.findings)]
+    limits = "An audit that passes proves nothing; it has looked at the training data, and is not private with respect to it."
+    return [text + ".", limits, *(f"{f.name}: {'passed' if f.passed else 'FAILED'}. {f.text}".strip() for f in found.findings)]
 
 
 def plan(report: RunReport) -> tuple[list[str], list[list[str]]]:

@@ -316,8 +316,16 @@ def test_an_audit_that_contradicts_the_guarantee_comes_first(tmp_path):
     _, card, page = read(made)
     for content in (card, plain_text(page)):
         assert content.index("An audit of this run failed") < content.index("An audit contradicts the guarantee: it found epsilon")
-        assert content.index("above the") < content.index("What is promised")
-    assert found.statement["epsilon"] < 1e4
+        assert content.index("above what is claimed") < content.index("What is promised")
+    assert found.contradicted
+    # The audit was of a longer run, whose claim was larger; or of another delta, at which this run's is.
+    write_audit(made, passed=True, epsilon_lower_bound=1e4, epsilon=2e4)
+    assert not examine([made])[0].contradicted
+    lowest = found.statement["epsilon"] * 1.01
+    write_audit(made, passed=True, epsilon_lower_bound=lowest, delta=1e-9)
+    assert not examine([made])[0].contradicted
+    write_audit(made, passed=True, epsilon_lower_bound=lowest, delta=1e-5)
+    assert examine([made])[0].contradicted
 
 
 # ---- several runs --------------------------------------------------------------------------------------------------
