@@ -83,7 +83,11 @@ def run_facts(
 
 
 def privacy_statement(
-    config: TrainConfig, events: Sequence[tuple[SampledGaussian, int]], facts: Mapping[str, Any], status: str
+    config: TrainConfig,
+    events: Sequence[tuple[SampledGaussian, int]],
+    facts: Mapping[str, Any],
+    status: str,
+    data_set: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What may be promised of a run's weights and checkpoints; the content of ``privacy.json``.
 
@@ -92,6 +96,7 @@ def privacy_statement(
         events: the ledger.
         facts: see ``run_facts``.
         status: ``COMPLETE``, ``INTERRUPTED`` or ``UNFINISHED``.
+        data_set: what all runs on the data have spent together, where they share a ledger.
     Returns:
         Plain data, as ``dptrain.reporting.schema.Statement`` describes it; ``epsilon`` is None for non-private training.
     Guarantee: epsilon is the accountant's upper bound on the recorded releases, at ``delta``, for the relation stated. Nothing in
@@ -113,6 +118,8 @@ def privacy_statement(
         f"epsilon = {epsilon:.6g} at delta = {delta:g} for one example, neighbouring relation {relation}, Poisson sampling, "
         f"accountant {privacy.accountant}, {releases} releases."
     )
+    if data_set is not None:
+        statement += f" All {data_set['releases']} releases of {data_set['runs']} runs on this data: epsilon = {data_set['epsilon']:.6g}."
     unsafe = privacy.unsafe_seed is not None
     return {
         "schema_version": SCHEMA_VERSION,
@@ -132,6 +139,7 @@ def privacy_statement(
         "epsilon_certified_lower": PRVAccountant(privacy.relation).detail(events, delta).lower,
         "releases": releases,
         "events": [{**event.to_dict(), "count": count} for event, count in events],
+        **({"data_set": dict(data_set)} if data_set is not None else {}),
         "float_margin": FLOAT_MARGIN,
         **({"noise": privacy.noise} if hasattr(privacy, "noise") else {}),
         "allocation": privacy.allocation,

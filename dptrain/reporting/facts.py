@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accounting import PrivacyLedger, get_accountant
+from accounting import get_accountant
 from accounting.tradeoff import TradeOff, trade_off
-from dptrain.errors import RunError
 from dptrain.report import package_versions, privacy_statement
 from dptrain.reporting.files import RunFiles, prefix, read_run
 
@@ -37,21 +36,6 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What all runs on the same data have spent together, according to the ledger that they share.
-
-    Args:
-        path: as the config names it.
-        releases: in it; None where it cannot be read from here.
-        epsilon: of all of them, by the run's accountant; None likewise.
-    """
-
-    path: str
-    releases: int | None
-    epsilon: float | None
-
-
-@dataclass(frozen=True)
 class RunReport:
     """What is known of a run.
 
@@ -63,7 +47,6 @@ class RunReport:
         risks: bounds on membership attacks; None where nothing was released or no epsilon exists.
         quality: metrics over time.
         tools: versions that this report was computed with.
-        shared: the ledger of the data set, if the run has one.
         contradicted: whether an audit's lower bound is above every epsilon that is claimed.
     """
 
@@ -74,7 +57,6 @@ class RunReport:
     risks: TradeOff | None = field(repr=False)
     quality: tuple[Quality, ...] = field(repr=False)
     tools: dict[str, str] = field(repr=False)
-    shared: Shared | None = None
     contradicted: bool = False
 
     @property
@@ -120,32 +102,12 @@ def examine(directories: Sequence[str | Path]) -> list[RunReport]:
 
 def compute(files: RunFiles, label: str) -> RunReport:
     """The figures of one run, all from its ledger."""
-    statement = privacy_statement(files.config, files.events, files.facts, files.status)
+    statement = privacy_statement(files.config, files.events, files.facts, files.status, files.data_set)
     risks = None
     if files.private and files.releases:
         risks = trade_off(files.events, files.config.privacy.relation, "prv")
     tools = package_versions(("dptrain", "numpy", "scipy", "autodp", "dp-accounting"))
-    return RunReport(label, files, statement, budget(files), risks, quality(files), tools, shared(files), contradicted(files))
-
-
-def shared(files: RunFiles) -> Shared | None:
-    """The ledger that a run shares with others.
-
-    Raises:
-        RunError: it holds fewer releases than this run made.
-        LedgerError: it is damaged.
-    """
-    privacy = files.config.privacy
-    path = getattr(privacy, "ledger", None)
-    if not isinstance(path, str) or not files.private:
-        return None
-    if not Path(path).exists():  # it lies elsewhere than the run; the run's own spending is known all the same
-        return Shared(path, None, None)
-    ledger = PrivacyLedger.read(path)
-    if ledger.num_releases < files.releases:
-        raise RunError(f"The shared ledger {path} holds {ledger.num_releases} releases, this run alone made {files.releases}; restore it.")
-    epsilon = get_accountant(privacy.accountant, privacy.relation).epsilon(ledger.events, privacy.target_delta)
-    return Shared(path, ledger.num_releases, epsilon)
+    return RunReport(label, files, statement, budget(files), risks, quality(files), tools, contradicted(files))
 
 
 def contradicted(files: RunFiles) -> bool:

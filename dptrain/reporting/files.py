@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class RunFiles:
         status: see ``dptrain.report``.
         audit: ``audit.json``, where there is one.
         remarks: what a reader should know of the files.
+        data_set: what all runs on the data have spent together, if they share a ledger that is known.
     """
 
     path: Path
@@ -82,6 +84,7 @@ class RunFiles:
     status: str
     audit: Audit | None
     remarks: tuple[str, ...]
+    data_set: dict[str, Any] | None = None
 
     @property
     def private(self) -> bool:
@@ -128,14 +131,16 @@ def read_run(directory: str | Path) -> RunFiles:
     # Everything that was written after a release is read before the ledger, which may grow while this is read.
     checkpoint, metrics = checkpoint_step(path), read_metrics(path)
     ledger = PrivacyLedger.read(path / "ledger.jsonl")
-    check_owner(run, config, ledger)
+    about = {"relation": config.privacy.relation.value, "num_examples": run.num_examples}
+    check_owner(ledger, path / "ledger.jsonl", about | ({"run": run.run} if run.run is not None else {}))
     remarks = tuple(text.replace(str(path / "ledger.jsonl"), "ledger.jsonl") for text in ledger.warnings)
     found = RunFiles(path, run, config, stored, metrics, ledger.events, "", audit, remarks)
     check_ledger(found, checkpoint)
     fresh, status = check_stored(found), status_of(found)
     if stored is not None and not fresh:
         remarks += (f"privacy.json was written after {stored.releases} releases; the ledger holds {found.releases}, which count here.",)
-    return RunFiles(path, run, config, stored, with_releases(metrics, found), ledger.events, status, audit, remarks)
+    together, remark = shared(found)
+    return RunFiles(path, run, config, stored, with_releases(metrics, found), ledger.events, status, audit, remarks + remark, together)
 
 
 def newer(path: Path, value: dict[str, Any]) -> None:
@@ -262,17 +267,16 @@ def with_releases(metrics: Metrics, files: RunFiles) -> Metrics:
     return Metrics(metrics.lines, metrics.steps, tuple(moved), metrics.final)
 
 
-def check_owner(run: Run, config: TrainConfig, ledger: PrivacyLedger) -> None:
+def check_owner(ledger: PrivacyLedger, name: Path, wanted: Mapping[str, object]) -> None:
     """Compare what a ledger's header states, if it states anything, with the run.
 
     Raises:
         RunError: it is the ledger of another run, or its events are in units of another relation's sensitivity.
     """
     stated = dict(getattr(ledger, "facts", {}))
-    wanted = {"run": run.run, "relation": config.privacy.relation.value, "num_examples": run.num_examples}
     for key, value in wanted.items():
-        if value is not None and stated.get(key, value) != value:
-            raise RunError(f"ledger.jsonl belongs to another run ({key} {stated[key]!r}, of this run {value!r}); restore the ledger.")
+        if stated.get(key, value) != value:
+            raise RunError(f"{name} is not the ledger of this run ({key} {stated[key]!r}, of the run {value!r}); restore it.")
 
 
 def check_ledger(files: RunFiles, checkpoint: int) -> None:
@@ -369,6 +373,45 @@ def check_stored(files: RunFiles) -> bool:
                 "one; move it away."
             )
     return fresh
+
+
+def shared(files: RunFiles) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """What all runs on the data have spent together, if this one shares a ledger, and what is to be said of it.
+
+    Raises:
+        RunError: it holds fewer releases than this run made, or a stored total is smaller than what this run spent.
+        LedgerError: it is damaged.
+    """
+    from accounting import get_accountant
+    from accounting.prv import PRVAccountant
+
+    privacy = files.config.privacy
+    name = getattr(privacy, "ledger", None)
+    if not isinstance(name, str) or not files.private:
+        return None, ()
+    if Path(name).exists():
+        ledger = PrivacyLedger.read(name)
+        check_owner(ledger, Path(name), {"relation": privacy.relation.value, "num_examples": files.run.num_examples})
+        if ledger.num_releases < files.releases:
+            raise RunError(
+                f"The shared ledger {name} holds {ledger.num_releases} releases, and this run made {files.releases}; restore it."
+            )
+        epsilon = get_accountant(privacy.accountant, privacy.relation).epsilon(ledger.events, privacy.target_delta)
+        return {
+            "epsilon": epsilon, "delta": privacy.target_delta, "accountant": privacy.accountant, "releases": ledger.num_releases,
+            "runs": len(getattr(ledger, "run_names", ())), "ledger": name, "facts": getattr(ledger, "facts", {}),
+        }, ()  # fmt: skip
+    stored = files.stored.data_set if files.stored is not None else None
+    if stored is None:
+        return None, (f"the run shares the ledger {name} with others, which is not there now; they have spent, too",)
+    if (
+        stored.epsilon < PRVAccountant(privacy.relation).detail(files.events, privacy.target_delta).lower
+        or stored.releases < files.releases
+    ):
+        raise RunError(f"{files.path / 'privacy.json'} states that all runs together spent less than this one; move it away.")
+    return stored.model_dump(mode="json", exclude_unset=True), (
+        f"the shared ledger {name} is not there now; its total is that of privacy.json",
+    )
 
 
 def prefix(events: Events, count: int) -> Events:

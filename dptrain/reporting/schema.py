@@ -47,6 +47,18 @@ class Group(Record):
     num_params: NonNegativeInt
 
 
+class DataSet(Record):
+    """What all runs that share a ledger have spent on their data."""
+
+    epsilon: NonNegative
+    delta: Probability
+    accountant: str
+    releases: NonNegativeInt
+    runs: NonNegativeInt
+    ledger: str
+    facts: dict[str, Any] = {}
+
+
 class Statement(Record):
     """The privacy statement of a run: ``privacy.json``. Fields that are absent for non-private training are null here."""
 
@@ -67,6 +79,7 @@ class Statement(Record):
     epsilon_certified_lower: NonNegative | None = Field(None, description="the true epsilon of the recorded releases is at least this")
     releases: NonNegativeInt | None = None
     events: tuple[dict[str, Any], ...] = Field((), description="the ledger: what was released, and how often")
+    data_set: DataSet | None = Field(None, description="what all runs on the data have spent together, where they share a ledger")
     float_margin: NonNegative | None = Field(None, description="relative reduction of the claimed noise, which pays for rounding")
     noise: str | None = Field(None, description="how the noise is made: fast or secure")
     allocation: str | None = None

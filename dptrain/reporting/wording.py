@@ -41,19 +41,19 @@ def alarms(report: RunReport) -> list[str]:
 
 def remarks(report: RunReport) -> list[str]:
     """Notes that belong beside the guarantee."""
-    found = list(report.statement.get("notes", ()))
+    said = report.statement
+    found = list(said.get("notes", ()))
     if report.files.status != COMPLETE:
         ending = "; resuming it spends more, and needs a new report" if report.private else ""
         found.append(f"The run is {report.files.status}{ending}.")
     elif report.private and report.files.releases < report.files.run.num_steps:
         found.append(f"The run was ended by its budget after {report.files.releases} of {report.files.run.num_steps} planned releases.")
-    if report.shared is not None and report.shared.epsilon is not None:
+    together = said.get("data_set")
+    if together is not None:
         found.append(
-            f"All runs that share the ledger {report.shared.path} have made {report.shared.releases} releases from this data: together "
-            f"epsilon = {report.shared.epsilon:.6g} at delta = {report.statement['delta']:g}{mark(report)}."
+            f"All {together['runs']} runs that share the ledger {together['ledger']} have made {together['releases']} releases from this "
+            f"data: together epsilon = {together['epsilon']:.6g} at delta = {together['delta']:g}{mark(report)}."
         )
-    elif report.shared is not None:
-        found.append(f"The run shares the ledger {report.shared.path} with others, which cannot be read from here; they have spent, too.")
     found += [text[:1].upper() + text[1:].rstrip(".") + "." for text in report.files.remarks]
     return found
 
@@ -133,7 +133,7 @@ def noise(report: RunReport) -> str:
         several = f"s from {sigmas[0]:.6g} to {sigmas[-1]:.6g}"
         text += ", noise multiplier" + (f" {sigmas[0]:.6g}" if len(sigmas) == 1 else several)
     kind = getattr(report.files.config.privacy, "noise", None)
-    return text + (f"; generator: {kind}" if isinstance(kind, str) else "")
+    return text + (f"; privacy.noise: {kind}" if isinstance(kind, str) else "")
 
 
 def promise(report: RunReport) -> list[str]:

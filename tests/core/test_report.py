@@ -21,6 +21,7 @@ from accounting.tradeoff import trade_off
 from dptrain import RunError
 from dptrain.checkpoint import write_json
 from dptrain.cli import main
+from dptrain.config import Privacy
 from dptrain.report import COMPLETE, INTERRUPTED, UNFINISHED, privacy_statement
 from dptrain.reporting import examine
 from dptrain.reporting.facts import spread
@@ -326,6 +327,38 @@ def test_an_audit_that_contradicts_the_guarantee_comes_first(tmp_path):
     assert not examine([made])[0].contradicted
     write_audit(made, passed=True, epsilon_lower_bound=lowest, delta=1e-5)
     assert examine([made])[0].contradicted
+
+
+SHARING = pytest.mark.skipif("ledger" not in Privacy.model_fields, reason="needs ledgers that runs share")
+
+
+def test_a_statement_names_what_all_runs_on_the_data_have_spent():
+    together = {"epsilon": 2.5, "delta": 1e-5, "accountant": "rdp", "releases": 9, "runs": 2, "ledger": "x.jsonl", "facts": {}}
+    said = privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {}, COMPLETE, together)
+    assert said["data_set"] == together and said["statement"].endswith("All 9 releases of 2 runs on this data: epsilon = 2.5.")
+    assert "data_set" not in privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {}, COMPLETE)
+
+
+@SHARING
+def test_runs_that_share_a_ledger_say_what_they_spent_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    privacy = {"noise_multiplier": 1.0, "accountant": "rdp", "ledger": "shared.jsonl"}
+    for name in ("one", "two"):
+        dptrain.train(config(privacy=privacy), data=blobs(), out=name)
+    before = (tmp_path / "two" / "privacy.json").read_bytes()
+    first, second = dptrain.report("one", "two")
+    assert (tmp_path / "two" / "privacy.json").read_bytes() == before
+    total = get_accountant("rdp").epsilon([(PrivacyLedger.read("shared.jsonl").events[0][0], 8)], 1e-5)
+    for written in (first, second):
+        assert (written.privacy["data_set"]["epsilon"], written.privacy["data_set"]["releases"]) == (total, 8)
+        for content in (text.replace("\\", "") for text in read(written.folder)):
+            assert f"{total:.6g}" in content
+    (tmp_path / "shared.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    (gone,) = examine(["two"])
+    assert gone.statement["data_set"] == second.privacy["data_set"] and "is not there now" in gone.files.remarks[0]
+    edit(tmp_path / "two" / "privacy.json", data_set={**second.privacy["data_set"], "epsilon": 0.1})
+    with pytest.raises(RunError, match="all runs together spent less than this one"):
+        examine(["two"])
 
 
 # ---- several runs --------------------------------------------------------------------------------------------------
