@@ -10,6 +10,7 @@ from accounting.calibrate import calibrate_noise_multiplier, calibrate_sample_ra
 from accounting.errors import AccountingError, LedgerError
 from accounting.events import Events, SampledGaussian, normalise
 from accounting.ledger import PrivacyLedger
+from accounting.tradeoff import TradeOff, trade_off
 
 __all__ = [
     "ACCOUNTANTS",
@@ -20,9 +21,11 @@ __all__ = [
     "NeighboringRelation",
     "PrivacyLedger",
     "SampledGaussian",
+    "TradeOff",
     "calibrate_noise_multiplier",
     "calibrate_sample_rate",
     "calibrate_steps",
     "get_accountant",
     "normalise",
+    "trade_off",
 ]

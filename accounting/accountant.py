@@ -6,7 +6,7 @@ on it. Accountants are stateless and return upper bounds only: a number that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from importlib import import_module
 from typing import Protocol
@@ -43,6 +43,14 @@ class Accountant(Protocol):
 
     def delta(self, events: Events, epsilon: float) -> float:
         """Returns an upper bound on delta at this epsilon (nats)."""
+        ...
+
+    def profile(self, events: Events, epsilons: Sequence[float]) -> tuple[float, ...]:
+        """Returns upper bounds on delta at many epsilons (nats), 0 included."""
+        ...
+
+    def advantage(self, events: Events) -> float:
+        """Returns an upper bound on delta at epsilon 0: the total variation distance, an attack's greatest advantage."""
         ...
 
 

@@ -48,6 +48,14 @@ def check_positive(value: Any, name: str, *, where: str) -> float:
     return number
 
 
+def check_nonnegative(value: Any, name: str, *, where: str) -> float:
+    """Returns a finite number that is not below zero; raises AccountingError otherwise."""
+    number = check_real(value, name, where=where)
+    if number < 0.0:
+        raise AccountingError(f"{where}: {name} must not be negative, got {number!r}; pass 0 or more.")
+    return number
+
+
 def check_epsilon(value: Any, *, where: str, name: str = "epsilon") -> float:
     """Returns a finite epsilon above zero (nats); raises AccountingError otherwise."""
     return check_positive(value, name, where=where)

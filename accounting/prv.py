@@ -13,12 +13,13 @@ finer than about 1e-6, and its FFT has an absolute error of 1e-16 per release. I
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from accounting.accountant import NeighboringRelation, check_relation
-from accounting.errors import AccountingError, check_delta, check_epsilon
+from accounting.errors import AccountingError, check_delta, check_epsilon, check_nonnegative
 from accounting.events import Events, SampledGaussian, normalise
 from accounting.rdp import Pairs, RDPAccountant
 
@@ -43,6 +44,8 @@ _FEWEST_CELLS, _MOST_CELLS = 64, 1500
 _MOST_AIMS = 3
 # Rough bounds from which a view learns, and over how many nodes on both sides it takes means.
 _MOST_ROUGH, _FEW, _MOST_POINTS = 6, 2, 1000
+# For how many epsilons a profile makes compositions of their own.
+_ANCHORS = 9
 # Shares of delta (log) that may be moved to plus infinity, and of the mass moved up from below, in all releases together.
 _LOG_SHARE = -11.0
 _LOW_TAIL = -12.0
@@ -177,8 +180,10 @@ class PRVAccountant:
 
     def delta(self, events: Events, epsilon: float) -> float:
         """Returns an upper bound on delta at `epsilon` (nats), 0 for no releases."""
-        epsilon = check_epsilon(epsilon, where="prv.delta")
-        pairs = normalise(events)
+        return self._delta(normalise(events), check_epsilon(epsilon, where="prv.delta"))
+
+    def _delta(self, pairs: Pairs, epsilon: float, views: list[_View] | None = None) -> float:
+        """Returns `delta`; the views that were refined on the way are appended to `views`."""
         if not pairs:
             return 0.0
         log_bound = self._rdp.log_delta(pairs, epsilon)
@@ -191,7 +196,7 @@ class PRVAccountant:
             # The true delta lies a few orders of magnitude below the Renyi bound; far more if large losses are rare.
             aim = min(log_bound, 0.0) - 7.0
             for _ in range(_MOST_AIMS):
-                found = self._upper(mu, sampled, _Question(aim, epsilon))[0]
+                found = self._upper(mu, sampled, _Question(aim, epsilon), views)[0]
                 log_bound = min(log_bound, found)
                 if found > aim + 4.0:
                     break
@@ -199,14 +204,47 @@ class PRVAccountant:
         # The margin covers the rounding of 1 / sigma and of the exponential.
         return min(1.0, max(math.exp(min(0.0, log_bound)) * (1 + 1e-12), 5e-324))
 
+    def profile(self, events: Events, epsilons: Sequence[float]) -> tuple[float, ...]:
+        """Returns upper bounds on delta at many epsilons (nats, at least 0), much faster than one by one.
+
+        A composition that was made for one epsilon is a valid bound at every other one, and a good one nearby: it is made for
+        `_ANCHORS` of them, and the best one is taken.
+        """
+        wanted = [check_nonnegative(epsilon, "epsilon", where="prv.profile") for epsilon in epsilons]
+        pairs = normalise(events)
+        mu, sampled = _split(pairs)
+        points = sorted(set(wanted))
+        many = len(points) > _ANCHORS and bool(sampled) and (bool(mu) or sum(n for _, n in sampled) > 1)
+        anchors = {points[round(i * (len(points) - 1) / (_ANCHORS - 1))] for i in range(_ANCHORS)} if many else set(points)
+        views: list[_View] = []
+        found: dict[float, float] = {}
+        for epsilon in sorted(anchors, reverse=True):
+            hopeless = bool(found) and min(found.values()) == 1.0  # and no smaller epsilon has a smaller delta
+            found[epsilon] = 1.0 if hopeless else self._delta(pairs, epsilon, views if many else None)
+        best = 1.0
+        for epsilon in points:  # delta falls
+            values = [found[epsilon]] if epsilon in found else []
+            if epsilon not in found:
+                near = [sorted((v for v in views if v.direction == d), key=lambda v: abs(v.aimed - epsilon)) for d in self._directions()]
+                if all(near):
+                    log_delta = max(min(view.again(epsilon) for view in side[:2]) for side in near)
+                    values += [math.exp(log_delta) * (1 + 1e-12)]
+            best = found[epsilon] = min([best, *values])
+        return tuple(found[epsilon] for epsilon in wanted)
+
+    def advantage(self, events: Events) -> float:
+        """Returns an upper bound on the total variation distance: delta at epsilon 0."""
+        return self.profile(events, [0.0])[0]
+
     def _directions(self) -> tuple[str, ...]:
         # Replace-one's pair is its own mirror image. For add/remove the worse direction may change under composition.
         return ("replace",) if self.relation is NeighboringRelation.replace_one else ("remove", "add")
 
-    def _upper(self, mu: float, sampled: Pairs, question: _Question) -> tuple[float, float]:
+    def _upper(self, mu: float, sampled: Pairs, question: _Question, kept: list[_View] | None = None) -> tuple[float, float]:
         """Returns the upper bound for the worse direction (infinite if none is certified), and the cell width used.
 
-        The direction that looks worse is done well. For the other a coarse bound is enough if it stays below.
+        The direction that looks worse is done well. For the other a coarse bound is enough if it stays below; if the views are
+        `kept`, both are done well.
         """
         if not mu and question.epsilon is None and _log_sampled(sampled) <= question.log_delta:
             return 0.0, 0.0
@@ -222,8 +260,10 @@ class PRVAccountant:
                 views.sort(key=lambda view: view.estimate, reverse=True)
                 worst = views[0].refined()
                 for view in views[1:]:
-                    if view.limit > worst[0] and view.bound(_ROUGH)[0] > worst[0]:
+                    if kept is not None or (view.limit > worst[0] and view.bound(_ROUGH)[0] > worst[0]):
                         worst = max(worst, view.refined())
+                if kept is not None:
+                    kept.extend(views)
         except (ArithmeticError, ValueError):  # out of the range of floats
             return math.inf, 0.0
         return worst
@@ -265,9 +305,10 @@ class _View:
         from accounting.composition import Steering
         from accounting.discretise import Pair, steering
 
-        self._mu, self._question = mu, question
+        self._mu, self._question, self.direction = mu, question, direction
         pairs = [(Pair(e.noise_multiplier, e.sample_rate, direction), n) for e, n in sampled]
         releases = math.log(sum(n for _, n in sampled))
+        self.aimed = question.epsilon if question.epsilon is not None else math.nan
         self._nodes = [(steering(pair, question.log_delta + _LOG_SHARE - releases, _LOW_TAIL - releases), n) for pair, n in pairs]
         self._full = self._steer = Steering(self._nodes, mu)
         self._cut = math.inf
@@ -372,6 +413,18 @@ class _View:
                 fine = min(fine, self.bound(_TOLERANCE * max(good / left, 1 / 20) / 2))
             rough = min(rough, coarse)
         return min(fine, (rough, fine[1]))
+
+    def again(self, epsilon: float) -> float:
+        """Returns an upper bound on log delta at another epsilon (nats), from the last composition from above."""
+        import numpy as np
+
+        assert self._last is not None and self._last.upper
+        with np.errstate(all="ignore"):  # NaN and what is out of range certify nothing
+            try:
+                value = self._last.log_delta(epsilon)
+            except (ArithmeticError, ValueError):
+                return 0.0
+        return value if value <= 0.0 else 0.0
 
     def certified(self) -> float:
         """Returns `bound` from below."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from accounting.accountant import NeighboringRelation, check_relation
-from accounting.errors import check_delta, check_epsilon
+from accounting.errors import check_delta, check_epsilon, check_nonnegative
 from accounting.events import Events, SampledGaussian, normalise
 
 if TYPE_CHECKING:
@@ -148,12 +148,23 @@ class RDPAccountant:
 
     def delta(self, events: Events, epsilon: float) -> float:
         """Returns an upper bound on delta at `epsilon` (nats), 0 for no releases."""
-        epsilon = check_epsilon(epsilon, where="rdp.delta")
-        pairs = normalise(events)
+        return self._delta(normalise(events), check_epsilon(epsilon, where="rdp.delta"))
+
+    def _delta(self, pairs: Pairs, epsilon: float) -> float:
         if not pairs:
             return 0.0
         # A bound that underflows must not become "impossible".
         return min(1.0, max(math.exp(min(0.0, self.log_delta(pairs, epsilon))), 5e-324))
+
+    def profile(self, events: Events, epsilons: Sequence[float]) -> tuple[float, ...]:
+        """Returns upper bounds on delta at many epsilons (nats, at least 0)."""
+        wanted = [check_nonnegative(epsilon, "epsilon", where="rdp.profile") for epsilon in epsilons]
+        pairs = normalise(events)
+        return tuple(self._delta(pairs, epsilon) for epsilon in wanted)
+
+    def advantage(self, events: Events) -> float:
+        """Returns an upper bound on the total variation distance: delta at epsilon 0."""
+        return self.profile(events, [0.0])[0]
 
     def log_delta(self, pairs: Pairs, epsilon: float) -> float:
         """Returns an upper bound on log delta (may be far below the range of a float's exponential)."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dptrain.info import LayerInfo, ModelInfo
     from dptrain.mechanism import GaussianMechanism
     from dptrain.plan import Group, Plan
+    from dptrain.reporting import report
     from dptrain.robustness import Robustness, certify
     from dptrain.sampling import PoissonSampler
     from dptrain.strategies import STRATEGIES, get_strategy
@@ -38,6 +39,7 @@ _HOMES = {
     "dptrain.info": ("LayerInfo", "ModelInfo"),
     "dptrain.mechanism": ("GaussianMechanism",),
     "dptrain.plan": ("Group", "Plan"),
+    "dptrain.reporting": ("report",),
     "dptrain.robustness": ("Robustness", "certify"),
     "dptrain.sampling": ("PoissonSampler",),
     "dptrain.strategies": ("STRATEGIES", "get_strategy"),
@@ -73,6 +75,7 @@ __all__ = [
     "compare",
     "get_strategy",
     "plan",
+    "report",
     "train",
 ]
 

@@ -332,10 +332,32 @@ def membership(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of a config."""
-    from dptrain.config import json_schema
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories; the pages of several compare them.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; by default each run's own directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what may be promised of a run: privacy.json, MODEL_CARD.md and report.html, computed from its ledger."""
+    from dptrain.reporting import report as write
 
+    for written in write(*directories, out=out):
+        values = {"directory": str(written.directory), "files": [str(file) for file in written.files], "privacy": written.privacy}
+        emit(values, f"{written.privacy['statement']}\n{written.privacy['status']}; the report is {written.files[-1]}", as_json)
+
+
+@app.command()
+def schema(
+    of: Annotated[str, typer.Argument(metavar="[config|privacy]", help="config, or privacy: the statement of a run.")] = "config",
+) -> None:
+    """Print the JSON Schema of a config, or of a run's privacy.json."""
+    if of == "privacy":
+        from dptrain.reporting.schema import json_schema
+    elif of == "config":
+        from dptrain.config import json_schema
+    else:
+        from dptrain.errors import ConfigError
+
+        raise ConfigError(f"There is no schema of {of!r}; choose config or privacy.")
     typer.echo(json.dumps(json_schema(), indent=2))
 
 

@@ -24,7 +24,7 @@ from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_m
 from dptrain.plan import Plan
 from dptrain.profiling import Profile
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
-from dptrain.report import privacy_statement
+from dptrain.report import COMPLETE, INTERRUPTED, privacy_statement, run_facts
 from dptrain.rundir import RunDirectory
 from dptrain.sampling import PoissonSampler
 from dptrain.setup import Setup, check_bounds, prepare
@@ -158,6 +158,7 @@ class Loop:
             sigma = self._sigma(sigma)
             self.in_force = self._in_force(sigma)
             release = self._release(seed, sigma)
+        self.run_dir.remember(facts=self._facts())  # for a report of a run that never ends
         self.step = TrainingStep(
             self.backend, setup.model, setup.loss, self.optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train,
             self.config.performance.physical_batch_size, lambda t: self.config.optimizer.rate_at(t, setup.num_steps),
@@ -173,6 +174,12 @@ class Loop:
         self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
         self.bounds = checkpoint.bounds
         return checkpoint.step
+
+    def _facts(self) -> dict[str, Any]:
+        """What a report says of this run beside config and ledger: the plan in force, the data and the versions."""
+        setup = self.setup
+        plan, stds = (self.in_force.plan, self.in_force.stds) if self.in_force else (setup.plan, self.stds)
+        return run_facts(plan, stds, setup.data, self.backend.versions(), self.run_dir.identity)
 
     def _sigma(self, sigma: float) -> float:
         """The noise multiplier that this run began with, or the one given, which is then remembered."""
@@ -272,12 +279,10 @@ class Loop:
         """Evaluate, write weights and privacy statement."""
         setup, out = self.setup, self.run_dir.path
         metrics = self.evaluate()
-        plan, stds = (self.in_force.plan, self.in_force.stds) if self.in_force else (setup.plan, self.stds)
+        plan = self.in_force.plan if self.in_force else setup.plan
         if self.config.performance.check_bounds:
             check_bounds(setup, plan)
-        statement = privacy_statement(
-            self.config, self.ledger.events, plan, stds, setup.data, complete, {**self.backend.versions()}, self.run_dir.identity
-        )
+        statement = privacy_statement(self.config, self.ledger.events, self._facts(), COMPLETE if complete else INTERRUPTED)
         if out is not None:
             self.run_dir.log(step=step, private=False, final=complete, **{f"test_{k}": v for k, v in metrics.items()})
             weights = self.backend.get_weights(setup.model)
