@@ -61,11 +61,11 @@ def excess(count: int, aligned: bool, dtype: str, seed: int, size: int = 1000, b
     gradients = (gradients / np.linalg.norm(gradients, axis=1, keepdims=True)).astype(dtype)
 
     def total(rows: np.ndarray) -> np.ndarray:
-        found = np.zeros(size, dtype)
+        found = np.zeros(size)
         for start in range(0, len(rows), block):
             part = rows[start : start + block]
             found = found + np.ones(len(part), dtype) @ part
-        return found.astype(np.float64)
+        return found
 
     one = float(np.linalg.norm(gradients[0].astype(np.float64)))
     return float(np.linalg.norm(total(gradients) - total(gradients[1:]))) / one - 1.0

@@ -24,6 +24,7 @@ from dptrain.errors import ConfigError
 from dptrain.losses import LossConfig
 from dptrain.mechanism import Allocation, NoiseKind
 from dptrain.models import ModelConfig
+from dptrain.sampling import MOST
 from dptrain.strategies import StrategyConfig
 from dptrain.strategies.clipping import MixedGhost
 
@@ -225,6 +226,12 @@ class Performance(Part):
     monitors: StrictBool = False
     checkpoint_every: PositiveInt = 25
     evaluate_every: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _sums_are_short(self) -> Performance:
+        if self.physical_batch_size > MOST:
+            raise ValueError(f"physical_batch_size must be at most {MOST}: a longer sum rounds too much; larger logical batches are split")
+        return self
 
     @property
     def two_pass(self) -> bool:

@@ -89,7 +89,7 @@ def standard_normal(key: bytes, step: int, stream: int, size: int, dtype: type =
     return values
 
 
-def add_normal(key: bytes, step: int, stream: int, values: np.ndarray, std: float) -> np.ndarray:
+def add_normal(key: bytes, step: int, stream: int, values: np.ndarray, std: float, dtype: type | None = None) -> np.ndarray:
     """``values + std * standard_normal(...)``, in one pass over memory.
 
     Args:
@@ -97,16 +97,21 @@ def add_normal(key: bytes, step: int, stream: int, values: np.ndarray, std: floa
         step, stream: address of the stream.
         values: float32 or float64 ``[size]``; read only.
         std: standard deviation.
+        dtype: of the noise, that of the values by default.
     Returns:
-        A new array ``[size]``, the same to the bit as the sum of the two arrays.
+        A new array ``[size]`` of the noise's kind: to the bit the sum of the two arrays, in the wider kind before it is rounded.
     """
-    out = np.empty(values.shape, values.dtype)
+    out = np.empty(values.shape, values.dtype if dtype is None else dtype)
+    wide = out.dtype != values.dtype
 
     def fill(start: int) -> None:
         _fill(key, step, stream, out, start)
-        part = out[start : start + CHUNK]
+        part, given = out[start : start + CHUNK], values[start : start + CHUNK]
         part *= std
-        part += values[start : start + CHUNK]
+        if wide:
+            np.copyto(part, given + part, casting="same_kind")
+        else:
+            part += given
 
     starts = range(0, len(values), CHUNK)
     if len(starts) > 1:

@@ -101,7 +101,7 @@ def released(key: bytes, step: int, stream: int, values: np.ndarray, std: float,
     out += sums
 
 
-def add_noise(key: bytes, step: int, stream: int, values: np.ndarray, std: float) -> np.ndarray:
+def add_noise(key: bytes, step: int, stream: int, values: np.ndarray, std: float, dtype: type | None = None) -> np.ndarray:
     """``n g`` for one parameter.
 
     Args:
@@ -109,13 +109,14 @@ def add_noise(key: bytes, step: int, stream: int, values: np.ndarray, std: float
         step, stream: address of the release and the parameter.
         values: float32 or float64 ``[size]``; read only.
         std: standard deviation of the noise.
+        dtype: of the result, that of the values by default.
     Returns:
-        A new array ``[size]`` of the same kind; value i depends on the arguments and on i alone, not on the number of threads.
+        A new array ``[size]``; value i depends on the arguments and on i alone, not on the number of threads.
     Raises:
         ConfigError: a standard deviation beyond what float64 can hold.
     Guarantee: a function of n alone, see ``released``.
     """
-    out, step_size = np.empty(values.shape, values.dtype), spacing(std)
+    out, step_size = np.empty(values.shape, values.dtype if dtype is None else dtype), spacing(std)
 
     def part(start: int) -> None:
         size = len(out[start : start + CHUNK])

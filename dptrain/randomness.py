@@ -98,13 +98,14 @@ class StepNoise:
             raise ConfigError("Secure noise is added to a sum on its lattice, never as floating-point numbers; call added_to.")
         return standard_normal(self.key.value.to_bytes(16, "big"), self.step, stream, math.prod(shape), dtype).reshape(shape)
 
-    def added_to(self, values: np.ndarray, stream: int, std: float) -> np.ndarray:
+    def added_to(self, values: np.ndarray, stream: int, std: float, dtype: type | None = None) -> np.ndarray:
         """The sum of one parameter with its noise: the Gaussian mechanism, for values whose bounds ``std`` was made for.
 
         Args:
             values: float32 or float64; read only.
             stream: position of the parameter in the model's order.
             std: standard deviation.
+            dtype: of the noise and of the result, that of the values by default; the addition itself is in the wider of the two.
         Returns:
             A new array. If ``fast``, ``values + std * normal(stream, values.shape)``, without the noise ever standing in memory.
         Guarantee: if ``secure``, post-processing of the Gaussian mechanism on the real numbers, for a sensitivity that is enlarged as
@@ -113,4 +114,4 @@ class StepNoise:
         """
         add = add_noise if self.kind == "secure" else add_normal
         flat = np.ascontiguousarray(values).reshape(-1)
-        return add(self.key.value.to_bytes(16, "big"), self.step, stream, flat, std).reshape(values.shape)
+        return add(self.key.value.to_bytes(16, "big"), self.step, stream, flat, std, dtype).reshape(values.shape)

@@ -18,6 +18,9 @@ from dptrain.errors import ConfigError
 from dptrain.randomness import RandomKey
 
 LARGEST = 512  # rows up to which a logical batch is not split where the user does not say
+# Physical batches are added up in float64, but each is summed in float32: with 16,384 aligned gradients in one of them, that rounds by more
+# than ``mechanism.FLOAT_MARGIN`` pays for (docs/noise.md).
+MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,10 @@ def check_physical_batch_size(size: Any) -> int | None:
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
         raise ConfigError(f"physical_batch_size must be a whole number above 0, not {size!r}.")
+    if size is not None and size > MOST:
+        raise ConfigError(
+            f"physical_batch_size must be at most {MOST}, not {size}: a longer sum rounds too much; larger logical batches are split."
+        )
     return None if size is None else int(size)
 
 
@@ -97,7 +104,7 @@ def default_physical_batch(expected_batch_size: float, num_examples: int, copies
     Returns:
         Examples per physical batch; no guarantee depends on it.
     """
-    whole = max(1, min(math.ceil(expected_batch_size + 3 * math.sqrt(expected_batch_size)), num_examples))
+    whole = max(1, min(math.ceil(expected_batch_size + 3 * math.sqrt(expected_batch_size)), num_examples, MOST // copies))
     return whole if largest is None or whole * copies <= largest else max(1, largest // 2 // copies)
 
 

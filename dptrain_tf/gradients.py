@@ -60,6 +60,7 @@ class Grads:
         identifiers: variable path -> identifier in the plan.
         counts: group name -> sum of +1/2 and -1/2 over examples, where the plan releases a count; noise is added to it as to the sums.
         usable: whether the sums are what they claim, a scalar; None stands for True. Only a batch that is not ``careful`` can be unusable.
+        kinds: variable path -> dtype before the sum was widened to float64; empty where nothing was.
     """
 
     sums: dict[str, Tensor]
@@ -67,6 +68,7 @@ class Grads:
     identifiers: dict[str, str]
     counts: dict[str, Tensor] = field(default_factory=dict)
     usable: Tensor | None = None
+    kinds: dict[str, Any] = field(default_factory=dict)
 
 
 def call_model(model: Any, x: Any, training: bool) -> Any:

@@ -29,17 +29,27 @@ def zeros(model: Any) -> Grads:
 
 
 def add(total: Grads, part: Grads) -> Grads:
-    """The sum of two partial sums.
+    """The sum of two partial sums, in float64: a float32 sum of many examples rounds by more than one of them may weigh.
 
     Args:
-        total: sum so far.
+        total: sum so far; used up.
         part: sum of another physical batch of the same logical batch.
     Returns:
-        A new sum; the arguments stay as they are.
+        The sum.
     """
-    sums = {name: value + part.sums[name] for name, value in total.sums.items()}
+    total = widened(total)
+    sums = {name: total.sums.pop(name) + tf.cast(part.sums[name], tf.float64) for name in list(total.sums)}
     counts = {name: value + total.counts.get(name, 0.0) for name, value in part.counts.items()}
-    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()}, total.identifiers, counts)
+    stats = {name: value + part.stats[name] for name, value in total.stats.items()}
+    return Grads(sums, stats, total.identifiers, counts, kinds=total.kinds)
+
+
+def widened(total: Grads) -> Grads:
+    """The same sums in float64, with the kinds that they had."""
+    if total.kinds:
+        return total
+    sums = {name: tf.cast(value, tf.float64) for name, value in total.sums.items()}
+    return Grads(sums, total.stats, total.identifiers, total.counts, kinds={name: value.dtype for name, value in total.sums.items()})
 
 
 def reduce(total: Grads) -> Grads:
@@ -47,8 +57,9 @@ def reduce(total: Grads) -> Grads:
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return total
+    total = widened(total)  # on every worker, however many physical batches it had
     sums, counts = context.all_reduce(tf.distribute.ReduceOp.SUM, [dict(total.sums), dict(total.counts)])
-    return Grads(sums, total.stats, total.identifiers, counts)
+    return Grads(sums, total.stats, total.identifiers, counts, kinds=total.kinds)
 
 
 def group_of_parameter(plan: Plan) -> dict[str, str]:
@@ -82,7 +93,7 @@ def shifted(grads: Grads, by: Mapping[str, np.ndarray]) -> Grads:
     """
     names = {name: by.get(grads.identifiers[name]) for name in grads.sums}
     added = {name: value if names[name] is None else value + tf.cast(names[name], value.dtype) for name, value in grads.sums.items()}
-    return Grads(added, grads.stats, grads.identifiers, grads.counts)
+    return Grads(added, grads.stats, grads.identifiers, grads.counts, kinds=grads.kinds)
 
 
 def parameters(model: Any) -> dict[str, np.ndarray]:
@@ -114,7 +125,7 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     # A missing group raises before anything has been used up.
     shares = {name: stds[groups[total.identifiers[name]]] for name in total.sums}
     for stream, name in enumerate(shares):
-        sums[name] = noisy(total.sums.pop(name), shares[name], noise, stream)
+        sums[name] = noisy(total.sums.pop(name), shares[name], noise, stream, total.kinds.get(name))
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
@@ -123,17 +134,27 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     return Grads(sums, total.stats, total.identifiers, counts)
 
 
-def noisy(value: Any, std: float, noise: StepNoise, stream: int) -> Any:
-    """A new tensor, the sum of one parameter and its noise; secure noise is added on the host, where its integers are."""
-    wide = value.dtype == tf.float64
-    if "CPU" in value.device and value.dtype in (tf.float32, tf.float64):
-        return tf.convert_to_tensor(noise.added_to(np.asarray(memoryview(value)), stream, std))
-    if noise.kind == "secure":
-        host = tf.cast(value, tf.float64 if wide else tf.float32).numpy()
-        return tf.cast(tf.convert_to_tensor(noise.added_to(host, stream, std)), value.dtype)
-    drawn = noise.normal(stream, tuple(value.shape), np.float64 if wide else np.float32)
-    drawn *= std
-    return value + tf.cast(drawn, value.dtype)
+def noisy(value: Any, std: float, noise: StepNoise, stream: int, kind: Any = None) -> Any:
+    """A new tensor, the sum of one parameter and its noise; secure noise is added on the host, where its integers are.
+
+    Args:
+        value: the sum.
+        std: standard deviation of the noise.
+        noise: the noise of the release.
+        stream: position of the parameter.
+        kind: dtype of the result where the sum was widened; noise is drawn in it and added before anything is rounded.
+    Returns:
+        The release.
+    """
+    kind = kind or value.dtype
+    drawn = np.float64 if kind == tf.float64 else np.float32
+    if noise.kind == "secure" or ("CPU" in value.device and value.dtype in (tf.float32, tf.float64)):
+        host = value if value.dtype in (tf.float32, tf.float64) else tf.cast(value, tf.float32)
+        host = np.asarray(memoryview(host)) if "CPU" in host.device else host.numpy()
+        return tf.cast(tf.convert_to_tensor(noise.added_to(host, stream, std, drawn)), kind)
+    found = noise.normal(stream, tuple(value.shape), drawn)
+    found *= std
+    return tf.cast(value + tf.cast(found, value.dtype), kind)
 
 
 _compiled: WeakKeyDictionary[Any, Callable[..., None]] = WeakKeyDictionary()
@@ -178,7 +199,9 @@ def apply(model: Any, optimizer: Any, released: Grads, scale: float, learning_ra
             optimizer.learning_rate = learning_rate
     except TypeError as error:
         raise ConfigError("The optimizer has a learning-rate schedule of its own; give it a number, the schedule is dptrain's.") from error
-    compiled_apply(optimizer, list(parameters.values()))([released.sums[name] for name in parameters], tf.constant(scale, tf.float64))
+    compiled_apply(optimizer, list(parameters.values()))(
+        [tf.cast(released.sums[name], v.dtype) for name, v in parameters.items()], tf.constant(scale, tf.float64)
+    )
 
 
 def project(model: Any, plan: Plan) -> dict[str, float]:

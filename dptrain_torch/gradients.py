@@ -52,11 +52,13 @@ class Grads:
         sums: parameter name -> sum over examples, in the order of ``named_parameters``.
         stats: sums that are NOT private: ``loss``, ``count``, ``clipped``, ``nonfinite``; for progress displays only.
         counts: group name -> sum of +1/2 and -1/2 over examples, where the plan releases a count; noise is added to it as to the sums.
+        kinds: parameter name -> dtype before the sum was widened to float64; empty where nothing was.
     """
 
     sums: dict[str, Tensor]
     stats: dict[str, Tensor]
     counts: dict[str, Tensor] = field(default_factory=dict)
+    kinds: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def zeros_like(parameter: Tensor) -> Tensor:

@@ -28,22 +28,32 @@ def zeros(model: nn.Module) -> Grads:
 
 
 def add(total: Grads, part: Grads) -> Grads:
-    """The sum of two partial sums.
+    """The sum of two partial sums, in float64: a float32 sum of many examples rounds by more than one of them may weigh.
 
     Args:
-        total: sum so far.
+        total: sum so far; used up.
         part: sum of another physical batch of the same logical batch.
     Returns:
-        A new sum; the arguments stay as they are.
+        The sum.
     """
-    sums = {name: value + part.sums[name] for name, value in total.sums.items()}
+    total = widened(total)
+    sums = {name: total.sums.pop(name).add_(part.sums[name]) for name in list(total.sums)}
     counts = {name: value + total.counts.get(name, 0.0) for name, value in part.counts.items()}
-    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()}, counts)
+    return Grads(sums, {name: value + part.stats[name] for name, value in total.stats.items()}, counts, total.kinds)
+
+
+def widened(total: Grads) -> Grads:
+    """The same sums in float64, in arrays of their own, with the kinds that they had."""
+    if total.kinds:
+        return total
+    sums = {name: value.to(torch.float64, copy=True) for name, value in total.sums.items()}
+    return Grads(sums, total.stats, total.counts, {name: value.dtype for name, value in total.sums.items()})
 
 
 def reduce(total: Grads) -> Grads:
     """The sum over all workers: an all-reduce under ``torch.distributed``, the identity on one process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = widened(total)  # on every worker, however many physical batches it had
         for value in (*total.sums.values(), *total.counts.values()):
             torch.distributed.all_reduce(value)
     return total
@@ -78,7 +88,7 @@ def shifted(grads: Grads, by: Mapping[str, np.ndarray]) -> Grads:
         New sums.
     """
     added = {name: value + torch.from_numpy(np.array(by[name])).to(value) if name in by else value for name, value in grads.sums.items()}
-    return Grads(added, grads.stats, grads.counts)
+    return Grads(added, grads.stats, grads.counts, grads.kinds)
 
 
 def parameters(model: nn.Module) -> dict[str, np.ndarray]:
@@ -106,7 +116,7 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     # A missing group raises before anything has been used up.
     shares = {name: stds[groups[name]] for name in total.sums}
     for stream, name in enumerate(shares):
-        sums[name] = noisy(total.sums.pop(name), shares[name], noise, stream)
+        sums[name] = noisy(total.sums.pop(name), shares[name], noise, stream, total.kinds.get(name))
     counts = {}
     if plan.count is not None:  # released in every step, an empty batch included
         name = plan.count.name
@@ -115,16 +125,26 @@ def privatize(total: Grads, plan: Plan, stds: Mapping[str, float], noise: StepNo
     return Grads(sums, total.stats, counts)
 
 
-def noisy(value: Tensor, std: float, noise: StepNoise, stream: int) -> Tensor:
-    """A new tensor, the sum of one parameter and its noise; secure noise is added on the host, where its integers are."""
-    wide = value.dtype == torch.float64
-    if value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(noise.added_to(value.numpy(), stream, std))
-    if noise.kind == "secure":
-        host = value.detach().cpu().to(torch.float64 if wide else torch.float32)
-        return torch.from_numpy(noise.added_to(host.numpy(), stream, std)).to(value.device, value.dtype)
-    drawn = torch.from_numpy(noise.normal(stream, tuple(value.shape), np.float64 if wide else np.float32))
-    return drawn.to(value.device, value.dtype).mul_(std).add_(value)
+def noisy(value: Tensor, std: float, noise: StepNoise, stream: int, kind: torch.dtype | None = None) -> Tensor:
+    """A new tensor, the sum of one parameter and its noise; secure noise is added on the host, where its integers are.
+
+    Args:
+        value: the sum.
+        std: standard deviation of the noise.
+        noise: the noise of the release.
+        stream: position of the parameter.
+        kind: dtype of the result where the sum was widened; noise is drawn in it and added before anything is rounded.
+    Returns:
+        The release.
+    """
+    kind = kind or value.dtype
+    drawn = np.float64 if kind == torch.float64 else np.float32
+    if noise.kind == "secure" or (value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)):
+        host = value.detach().cpu()
+        host = host if host.dtype in (torch.float32, torch.float64) else host.float()
+        return torch.from_numpy(noise.added_to(host.numpy(), stream, std, drawn)).to(value.device, kind)
+    found = torch.from_numpy(noise.normal(stream, tuple(value.shape), drawn))
+    return found.to(value.device, value.dtype).mul_(std).add_(value).to(kind)
 
 
 def apply(model: nn.Module, optimizer: torch.optim.Optimizer, released: Grads, scale: float, learning_rate: float | None) -> None:
