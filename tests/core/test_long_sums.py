@@ -53,7 +53,7 @@ def test_one_more_example_changes_what_it_adds(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "tensorflow"])
 @pytest.mark.parametrize("kind", ["fast", "secure"])
 def test_noise_is_added_before_the_sum_is_rounded(backend: str, kind: Any) -> None:
-    """A float32 neighbour of 2^24 is two away: what is less is lost unless noise comes first. The noise has the bits it has for one batch."""
+    """Beside 2^24 a float32 loses what is less than 1, unless noise comes first. The noise has the bits that it has for one batch."""
     setup = prepare(config(), backend, blobs())
     executor, model, plan = setup.backend, setup.model, setup.plan
     stds = GaussianMechanism(1.0).stds(plan)
