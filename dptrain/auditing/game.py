@@ -46,9 +46,10 @@ def play(subject: Subject, alone: list[Array], trials: int, seed: int = 0) -> tu
         Features ``[trials, 3]``: along the example's contribution, along the others' sum, length of the rest; coins ``[trials]``.
     """
     canary = int(np.argmax([np.linalg.norm(v) for v in alone]))
-    base = crowd(alone, subject.size - 1)
-    relation = NeighboringRelation(subject.setup.config.privacy.relation)
-    other = crowd(alone, 1) if relation is NeighboringRelation.replace_one else []
+    base, other = crowd(alone, subject.size - 1), list[int]()
+    if NeighboringRelation(subject.setup.config.privacy.relation) is NeighboringRelation.replace_one:
+        canary, replaced = furthest(alone)
+        other = [replaced]
     coins = np.random.default_rng(seed).permutation(np.arange(trials) % 2).astype(bool)
     first = unit(alone[canary] - sum((alone[i] for i in other), np.zeros_like(alone[canary])))
     total = subject.total(base)
@@ -60,6 +61,15 @@ def play(subject: Subject, alone: list[Array], trials: int, seed: int = 0) -> tu
         rest = max(0.0, float(seen @ seen) - along**2 - across**2)
         rows.append((along, across, math.sqrt(rest)))
     return np.array(rows), coins
+
+
+def furthest(alone: list[Array]) -> tuple[int, int]:
+    """The two examples whose contributions are furthest apart."""
+    rows = np.stack(alone)
+    square = (rows**2).sum(1)
+    distance = square[:, None] + square[None, :] - 2 * rows @ rows.T
+    first, second = np.unravel_index(int(np.argmax(distance)), distance.shape)
+    return int(first), int(second)
 
 
 def direction(features: Array, coins: Coins) -> Array:
