@@ -6,7 +6,13 @@ Importing this package is cheap and imports no framework; SciPy, autodp and dp-a
 from __future__ import annotations
 
 from accounting.accountant import ACCOUNTANTS, Accountant, NeighboringRelation, get_accountant
-from accounting.calibrate import calibrate_noise_multiplier, calibrate_sample_rate, calibrate_steps
+from accounting.calibrate import (
+    calibrate_noise_multiplier,
+    calibrate_sample_rate,
+    calibrate_steps,
+    calibrate_to_advantage,
+    calibrate_to_delta,
+)
 from accounting.errors import AccountingError, LedgerError
 from accounting.events import Events, SampledGaussian, normalise
 from accounting.ledger import PrivacyLedger
@@ -25,6 +31,8 @@ __all__ = [
     "calibrate_noise_multiplier",
     "calibrate_sample_rate",
     "calibrate_steps",
+    "calibrate_to_advantage",
+    "calibrate_to_delta",
     "get_accountant",
     "normalise",
     "trade_off",
