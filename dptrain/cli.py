@@ -201,18 +201,32 @@ def epsilon(
     risks: Annotated[
         bool, typer.Option("--risks", help="Also what an attack can achieve, and (prv) the certified lower bound on epsilon.")
     ] = False,
+    tuning_tries: Annotated[
+        float | None, typer.Option("--tuning-tries", help="Runs of a hyper-parameter search, only the best released; the mean if random.")
+    ] = None,
+    tuning_distribution: Annotated[
+        str, typer.Option("--tuning-distribution", help="Of the number of runs: geometric, logarithmic, poisson, or fixed.")
+    ] = "geometric",
     as_json: AsJson = False,
 ) -> None:
     """Epsilon of a number of Poisson-sampled Gaussian releases; an upper bound."""
-    from accounting import SampledGaussian, get_accountant
+    import accounting as acc
 
-    events = [(SampledGaussian(noise_multiplier, sample_rate), steps)]
-    value = get_accountant(accountant, relation).epsilon(events, delta)
-    values = {
-        "epsilon": value, "delta": delta, "accountant": accountant, "neighboring_relation": relation, "sampling": "poisson",
+    events: list[tuple[acc.Event, int]] = [(acc.SampledGaussian(noise_multiplier, sample_rate), steps)]
+    values: dict[str, Any] = {
+        "delta": delta, "accountant": accountant, "neighboring_relation": relation, "sampling": "poisson",
         "sample_rate": sample_rate, "noise_multiplier": noise_multiplier, "steps": steps,
     }  # fmt: skip
-    sentence = f"epsilon = {value:.6g} at delta = {delta:g} ({relation}, Poisson sampling, accountant {accountant})"
+    words = "Poisson sampling"
+    if tuning_tries is not None:
+        tries: Any = int(tuning_tries) if tuning_tries.is_integer() else tuning_tries
+        chosen: Any = tuning_distribution
+        events = [(acc.Tuning(events, tries, chosen), 1)]
+        values |= {"tuning_tries": tries, "tuning_distribution": tuning_distribution}
+        words += f", the best of {'' if chosen == 'fixed' else chosen + ' '}{tries:g} runs{'' if chosen == 'fixed' else ' on average'}"
+    value = acc.get_accountant(accountant, relation).epsilon(events, delta)
+    sentence = f"epsilon = {value:.6g} at delta = {delta:g} ({relation}, {words}, accountant {accountant})"
+    values = {"epsilon": value, **values}
     if risks:
         found = attack_risks(events, delta, accountant, relation)
         values |= found

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from accounting import SampledGaussian, get_accountant
+from accounting import Events, get_accountant
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.mechanism import FLOAT_MARGIN
@@ -32,7 +32,7 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
 
 def privacy_statement(
     config: TrainConfig,
-    events: Sequence[tuple[SampledGaussian, int]],
+    events: Events,
     plan: Plan,
     stds: Mapping[str, float] | None,
     data: Dataset,
