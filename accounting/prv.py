@@ -244,7 +244,8 @@ class PRVAccountant:
 
     def advantage(self, events: Events) -> float:
         """Returns an upper bound on the total variation distance: delta at epsilon 0."""
-        return self.profile(events, [0.0])[0]
+        pairs = self._simple(events)
+        return self._rdp.advantage(pairs) if _searched(pairs) else self._delta(pairs, 0.0)
 
     def _directions(self) -> tuple[str, ...]:
         # Replace-one's pairs are their own mirror image. For add/remove the worse direction may change under composition.
@@ -608,6 +609,8 @@ def _alone(sampled: Pairs) -> SampledGaussian | None:
 
 def _log_sampled(sampled: Pairs) -> float:
     """Returns log of the probability that an example is sampled at all, rounded up: delta is never larger."""
+    if any(_rate(event) == 1.0 for event, _ in sampled):
+        return 0.0
     return math.log(-math.expm1(math.fsum(n * math.log1p(-_rate(e)) for e, n in sampled))) + 1e-9
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from accounting.accountant import NeighboringRelation, check_relation
+from accounting.accountant import NeighboringRelation, advantage_of, check_relation
 from accounting.errors import check_delta, check_epsilon, check_nonnegative
 from accounting.events import Event, Events, SampledGaussian, normalise
 from accounting.mixtures import Pairs, components, simplify, without_rare
@@ -35,6 +35,8 @@ _MAX_DOWNHILL, _FINE_ORDERS = 100, 1000.0
 _AUTODP_MAX_ORDER = 40
 _AUTODP_MAX_EVENTS = 8
 _AUTODP_ROUNDING = 1e-12
+# Logs of the epsilons from which the advantage is bounded.
+_EPSILON_GRID = tuple(float(x) for x in range(-12, 4))
 
 
 def _order(k: float) -> float:
@@ -274,8 +276,18 @@ class RDPAccountant:
         return tuple(self._delta(pairs, epsilon) for epsilon in wanted)
 
     def advantage(self, events: Events) -> float:
-        """Returns an upper bound on the total variation distance: delta at epsilon 0."""
-        return self.profile(events, [0.0])[0]
+        """Returns an upper bound on the total variation distance, from the best of many epsilons: near 0 the bounds on delta are poor."""
+        pairs = self._pairs(events)
+        if not pairs:
+            return 0.0
+
+        def at(x: float) -> float:
+            return advantage_of(math.exp(x), self._delta(pairs, math.exp(x)))
+
+        best = min(_EPSILON_GRID, key=at)
+        for step in (0.5, 0.25, 0.125):  # a finer look around the best
+            best = min((best - step, best, best + step), key=at)
+        return min(at(best), self._delta(pairs, 0.0))
 
     def log_delta(self, pairs: Pairs, epsilon: float) -> float:
         """Returns an upper bound on log delta (may be far below the range of a float's exponential)."""

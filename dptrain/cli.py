@@ -223,7 +223,7 @@ def epsilon(
         chosen: Any = tuning_distribution
         events = [(acc.Tuning(events, tries, chosen), 1)]
         values |= {"tuning_tries": tries, "tuning_distribution": tuning_distribution}
-        words += f", the best of {'' if chosen == 'fixed' else chosen + ' '}{tries:g} runs{'' if chosen == 'fixed' else ' on average'}"
+        words += f", the best of {tries:g} runs" + ("" if chosen == "fixed" else f" on average ({chosen})")
     value = acc.get_accountant(accountant, relation).epsilon(events, delta)
     sentence = f"epsilon = {value:.6g} at delta = {delta:g} ({relation}, {words}, accountant {accountant})"
     values = {"epsilon": value, **values}
@@ -253,7 +253,7 @@ def risk_sentence(found: dict[str, Any]) -> str:
     """``attack_risks`` for people."""
     rates = ", ".join(f"at most {share:.6g} at false-positive rate {rate}" for rate, share in found["true_positive_rate"].items())
     lines = [f"membership attack: advantage at most {found['advantage']:.6g}; true-positive rate {rates}"]
-    if "epsilon_lower_bound" in found:
+    if found.get("epsilon_lower_bound", 0.0) > 0.0:  # 0: nothing is known
         lines.append(f"the true epsilon is at least {found['epsilon_lower_bound']:.6g} (certified)")
     return "\n".join(lines)
 
