@@ -110,7 +110,11 @@ def dp_accounting_pld(events, delta: float, interval: float = 1e-4, pessimistic:
 def sampled_losses(sigma: float, q: float, direction: str, width: float = 12.0, points: int = 400_001):
     """(loss, P mass, Q mass) of every cell of outcomes; the ordinary pair of a direction."""
     edges = np.linspace(-width * sigma - 1, width * sigma + 1, points)
-    normal = lambda centre: np.diff(stats.norm.cdf(edges, centre, sigma))  # noqa: E731
+
+    def normal(centre):
+        inside = np.diff(stats.norm.cdf(edges, centre, sigma))
+        return np.where(edges[1:] > centre, -np.diff(stats.norm.sf(edges, centre, sigma)), inside)  # digits in both tails
+
     up, down = {"remove": (1.0, None), "add": (None, 1.0), "replace": (0.5, -0.5)}[direction]
     mix = lambda centre: normal(0.0) if centre is None else (1 - q) * normal(0.0) + q * normal(centre)  # noqa: E731
     return mix(up), mix(down)

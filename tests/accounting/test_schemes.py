@@ -144,14 +144,14 @@ def test_real_capped_mechanism_stays_below(name, relation, others, q, cap, base)
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_a_cap_is_not_free_under_any_relation(relation):
-    # Everyone else contributes -C: a record that displaces one of them moves the sum by twice the norm, in zero_out, too, where the
-    # batch's positions do not depend on values. The uncapped event would under-report.
+    # Everyone else contributes -C: a record that displaces one of them moves the sum by up to twice the norm, under zero_out, too, where
+    # which positions are kept does not depend on values. The uncapped event would under-report.
     first, second = {"add_remove": (1.0, None), "zero_out": (1.0, 0.0), "replace_one": (1.0, -1.0)}[relation]
     scale = 2.0 if relation == "replace_one" else 1.0
-    exact = hockey_stick(*[capped_sums(40, 0.25, 3, -1.0, record) for record in (first, second)], 0.4, 3.0)
+    exact = hockey_stick(*[capped_sums(40, 0.25, 3, -1.0, record) for record in (first, second)], 0.8, 4.0)
     judge = get_accountant("prv", relation)
-    assert judge.delta([(SampledGaussian(0.4 / scale, 0.25), 1)], 3.0) < exact or relation == "replace_one"
-    assert judge.delta([(CappedGaussian(0.4 / scale, 0.25, 41, 3), 1)], 3.0) >= exact
+    assert judge.delta([(SampledGaussian(0.8 / scale, 0.25), 1)], 4.0) < 0.3 * exact
+    assert judge.delta([(CappedGaussian(0.8 / scale, 0.25, 41, 3), 1)], 4.0) >= exact
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 1), (10, 5), (100, 3), (8, 7)])
@@ -181,7 +181,7 @@ def test_one_fixed_size_release_is_exact(sigma, n, size):
         assert judge.delta(event, epsilon) <= one_step_delta(sigma, size / n, "add_remove", epsilon) * (1 + 3e-3) + 1e-12
 
 
-@pytest.mark.parametrize(("sigma", "n", "size", "count"), [(1.0, 100, 5, 8), (0.6, 20, 1, 4), (4.0, 10, 9, 20), (0.8, 1000, 1, 30)])
+@pytest.mark.parametrize(("sigma", "n", "size", "count"), [(1.0, 100, 5, 8), (0.6, 20, 1, 4), (4.0, 10, 9, 20), (0.8, 100, 1, 9)])
 def test_composed_fixed_size_losses(sigma, n, size, count):
     judge, event = get_accountant("prv", "replace_one"), [(FixedSizeGaussian(sigma, n, size), count)]
     masses = swapped_losses(sigma, size / n)
@@ -193,7 +193,7 @@ def test_composed_fixed_size_losses(sigma, n, size, count):
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.parametrize(("sigma", "q", "n", "cap", "count"), [(1.0, 0.1, 200, 22, 6), (0.8, 0.02, 500, 11, 15), (2.0, 0.5, 30, 10, 4)])
+@pytest.mark.parametrize(("sigma", "q", "n", "cap", "count"), [(1.0, 0.1, 200, 22, 6), (0.8, 0.02, 500, 11, 5), (2.0, 0.5, 30, 10, 4)])
 def test_composed_capped_losses(relation, sigma, q, n, cap, count):
     others = n - (relation == "replace_one")
     tau = stats.binom.sf(cap - 1, others, q)
@@ -262,7 +262,7 @@ def test_capped_against_dp_accounting(sigma, q, n, cap, count, relation):
     )
     theirs = step.self_compose(count).get_epsilon_for_delta(1e-5)
     ours = get_accountant("prv", relation).epsilon([(CappedGaussian(sigma, q, n, cap), count)], 1e-5)
-    assert 0.9 * theirs <= ours <= theirs * 1.002
+    assert 0.8 * theirs <= ours <= theirs * 1.002
 
 
 def test_fixed_size_against_dp_accounting():
@@ -270,7 +270,8 @@ def test_fixed_size_against_dp_accounting():
 
     for sigma, n, size, count in [(1.0, 10_000, 100, 10_000), (2.0, 1000, 50, 500), (0.8, 100_000, 100, 1000)]:
         accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
-        step = dp_accounting.SampledWithoutReplacementDpEvent(n, size, dp_accounting.GaussianDpEvent(2 * sigma))
+        # Their Renyi accountant takes the noise multiplier relative to the replace-one sensitivity, as we do.
+        step = dp_accounting.SampledWithoutReplacementDpEvent(n, size, dp_accounting.GaussianDpEvent(sigma))
         theirs = accountant.compose(step, count).get_epsilon(1e-5)
         # The truth is at least what the sampled pair costs, which everyone else contributing -C attains.
         least = get_accountant("prv").detail([(SampledGaussian(sigma, size / n), count)], 1e-5).lower
