@@ -204,7 +204,7 @@ class PrivacyLedger:
             # it neither glues to this line nor passes for a line of its own. What it counted is written out again.
             payload = _TORN + b"\n" + self._unwritten() + payload
         try:
-            if not (self._extended or isinstance(event, SampledGaussian)):
+            if not self._extended and any(not isinstance(e, SampledGaussian) for e, _ in [*self._pending, (event, count)]):
                 self._extend_format()
             self._append(payload)
         except OSError as error:
