@@ -250,6 +250,8 @@ class RDPAccountant:
         pairs = self._pairs(events)
         if not pairs:
             return 0.0
+        if self._log_variation(pairs) <= log_delta:
+            return 0.0
         value = self._best(pairs, lambda order, moment: _epsilon_at(order, moment, log_delta))
         if any(isinstance(event, CappedGaussian) for event, _ in pairs):
             # A moment makes much of a cap that hardly ever binds; delta may pay for it instead.
@@ -291,7 +293,7 @@ class RDPAccountant:
 
     def log_delta(self, pairs: Pairs, epsilon: float) -> float:
         """Returns an upper bound on log delta (may be far below the range of a float's exponential)."""
-        value = self._best(pairs, lambda order, moment: _log_delta_at(order, moment, epsilon))
+        value = min(self._best(pairs, lambda order, moment: _log_delta_at(order, moment, epsilon)), self._log_variation(pairs))
         if any(isinstance(event, CappedGaussian) for event, _ in pairs):
             import numpy as np
 
@@ -299,6 +301,17 @@ class RDPAccountant:
             rest = self._best(usual, lambda order, moment: _log_delta_at(order, moment, epsilon))
             value = min(value, float(np.logaddexp(rest, log_paid)) + 1e-12)
         return value
+
+    def _log_variation(self, pairs: Pairs) -> float:
+        """Returns an upper bound on log of the total variation distance, which is never below delta.
+
+        Source: Bretagnolle, Huber 1979: its square is at most 1 - e^-KL, and KL at most the Renyi divergence of any order above 1.
+        """
+        if any(isinstance(event, Tuning) and event.shape is None for event, _ in pairs):
+            return 0.0  # the bound of a Poisson number of runs asks for delta itself
+        order = _order(_FIRST)
+        divergence = _log_moment(pairs, order, self.relation) / (order - 1) * (1 + 1e-9)
+        return min(0.0, math.log(max(-math.expm1(-divergence), 1e-320)) / 2 + 1e-12)
 
     def _best(self, pairs: Pairs, bound: Callable[[float, float], float]) -> float:
         value, order = self._own_best(pairs, bound)
