@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import dptrain
-from accounting import SampledGaussian, calibrate_noise_multiplier, get_accountant, trade_off
+from accounting import SampledGaussian, Tuning, calibrate_noise_multiplier, get_accountant, trade_off
 from dptrain.cli import fresh_directory, main
 from dptrain.config import json_schema
 from tests.core.shared import plain, write_npz
@@ -119,6 +119,17 @@ def test_risks_of_an_attack(run, accountant):
     assert f"advantage at most {curve.advantage:.6g}; true-positive rate at most" in text
 
 
+@pytest.mark.parametrize("distribution", ["geometric", "logarithmic", "poisson", "fixed"])
+def test_the_price_of_tuning(run, distribution):
+    words = ["epsilon", *NUMBERS, "--tuning-tries", "20", "--tuning-distribution", distribution]
+    printed = json.loads(run(*words, "--json")[1])
+    search = Tuning([(SampledGaussian(1.0, 0.01), 100)], 20, distribution)
+    assert printed["epsilon"] == get_accountant("prv").epsilon([(search, 1)], 1e-5)
+    assert (printed["tuning_tries"], printed["tuning_distribution"]) == (20, distribution)
+    text = run(*words)[1]
+    assert "the best of 20 runs" in text and (distribution == "fixed" or f"on average ({distribution})" in text)
+
+
 @pytest.mark.parametrize("unknown", ["noise_multiplier", "steps", "sample_rate"])
 @pytest.mark.parametrize("target", ["advantage", "delta"])
 def test_calibrate_to_other_targets(run, unknown, target):
@@ -160,6 +171,9 @@ def epsilon_with(**changed):
         (epsilon_with(steps="-1"), "must not be negative"),
         (epsilon_with(accountant="gdp"), "gdp"),
         (epsilon_with(relation="substitute"), "substitute"),
+        (epsilon_with(tuning_tries="0.5"), "tries must lie between 1 and"),
+        (epsilon_with(tuning_tries="nan"), "tries must be finite"),
+        ([*epsilon_with(tuning_tries="5"), "--tuning-distribution", "binomial"], "distribution must be one of geometric"),
         ([*CALIBRATE, "--steps", "10"], "Give exactly two of --sample-rate, --steps, --noise-multiplier; the third is solved for (got 1)."),
         ([*CALIBRATE, "--steps", "1", "--sample-rate", "0.1", "--noise-multiplier", "1"], "Give exactly two of"),
         ([*CALIBRATE, "--steps", "10", "--sample-rate", "0"], "sample_rate must lie in (0, 1]"),
