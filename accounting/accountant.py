@@ -6,6 +6,7 @@ on it. Accountants are stateless and return upper bounds only: a number that is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from importlib import import_module
@@ -50,7 +51,7 @@ class Accountant(Protocol):
         ...
 
     def advantage(self, events: Events) -> float:
-        """Returns an upper bound on delta at epsilon 0: the total variation distance, an attack's greatest advantage."""
+        """Returns an upper bound on the total variation distance (delta at epsilon 0): an attack's greatest advantage."""
         ...
 
 
@@ -78,6 +79,20 @@ ACCOUNTANTS: Mapping[str, type[Accountant]] = _Registry(
         "prv": "accounting.prv:PRVAccountant",
     }
 )
+
+
+def advantage_of(epsilon: float, delta: float) -> float:
+    """Returns an upper bound on the total variation distance, rounded up.
+
+    Args:
+      epsilon: at least 0 (nats).
+      delta: at epsilon, valid in both directions.
+
+    Source: Kairouz, Oh, Viswanath 2015 (arXiv:1311.0776): with p <= e^epsilon q + delta and 1 - q <= e^epsilon (1 - p) + delta,
+      add both and solve for p - q.
+    """
+    shrink = math.exp(-epsilon)
+    return min(1.0, (-math.expm1(-epsilon) + 2.0 * delta * shrink) / (1.0 + shrink) * (1 + 1e-15))
 
 
 def check_relation(relation: object, *, where: str) -> NeighboringRelation:

@@ -1,7 +1,10 @@
 """Which noise, how many steps, or which sample rate a budget allows. Always on the private side.
 
+A budget is an epsilon at a delta (`calibrate_noise_multiplier`, `calibrate_sample_rate`, `calibrate_steps`), a delta at an
+epsilon (`calibrate_to_delta`), or the advantage of the best membership attack (`calibrate_to_advantage`).
+
 Every result has been checked with the accountant itself: a search may steer as it likes, but what it returns satisfied
-`epsilon <= target_epsilon`. Continuous parameters waste at most 0.1 % of epsilon, except
+`spent <= target`. Continuous parameters waste at most 0.1 % of the target, except
 where the accountant itself jumps: at deltas below about 1e-20 with tiny sample rates `prv` does, and 16 % was seen.
 """
 
@@ -17,9 +20,13 @@ from accounting.errors import (
     check_delta,
     check_epsilon,
     check_positive,
+    check_real,
     check_sample_rate,
 )
 from accounting.events import Events, SampledGaussian, normalise
+
+# What is spent by which events, according to an accountant.
+Measure = Callable[[Accountant, Events], float]
 
 # The search stops inside this share below the target; the accountants' own grids move epsilon by less than half of it.
 _WASTE = 8e-4
@@ -115,35 +122,52 @@ class _Search:
 
 
 class _Budget:
-    """The checked arguments that every calibration shares."""
+    """A target for what is spent, and the checked arguments that every calibration shares.
+
+    Args:
+      where: the public function, for messages.
+      target: what may be spent in all.
+      measure: what a list of events spends.
+      what: the target in words.
+      mu: about the sensitivity, in noise standard deviations, of one Gaussian that spends the target.
+      accountant: name in ACCOUNTANTS.
+      relation: neighbouring relation.
+      history: (event, count) pairs already spent.
+    """
 
     def __init__(
         self,
         where: str,
-        target_epsilon: float,
-        delta: float,
+        target: float,
+        measure: Measure,
+        what: str,
+        mu: float,
         accountant: str,
         relation: NeighboringRelation | str,
         history: Events,
     ) -> None:
-        self.where = where
-        self.target = check_epsilon(target_epsilon, where=where, name="target_epsilon")
-        self.delta = check_delta(delta, where=where)
+        self.where, self.target, self.what, self.mu = where, target, what, mu
+        self._measure = measure
         self.accountant: Accountant = get_accountant(accountant, relation)
         self.history = normalise(history)
-        spent = self.accountant.epsilon(self.history, self.delta)
+        spent = measure(self.accountant, self.history)
         if spent > self.target:
-            raise AccountingError(
-                f"{where}: the history alone has epsilon {spent:.6g} at delta {self.delta:g}, above the target"
-                f" {self.target:g}; raise target_epsilon or delta."
-            )
+            raise AccountingError(f"{where}: the history alone has {what.format(spent)}, above the target {target:g}; raise the target.")
 
-    def epsilon(self, sigma: float, rate: float, steps: int) -> float:
-        events = (*self.history, (SampledGaussian(sigma, rate), steps))
-        return self.accountant.epsilon(events, self.delta)
+    def spent(self, sigma: float, rate: float, steps: int) -> float:
+        return self._measure(self.accountant, (*self.history, (SampledGaussian(sigma, rate), steps)))
 
     def unreachable(self, best: str, change: str) -> AccountingError:
-        return AccountingError(f"{self.where}: epsilon {self.target:g} at delta {self.delta:g} is out of reach: {best}; {change}.")
+        return AccountingError(f"{self.where}: {self.what.format(self.target)} is out of reach: {best}; {change}.")
+
+
+def _epsilon_budget(
+    where: str, target_epsilon: float, delta: float, accountant: str, relation: NeighboringRelation | str, history: Events
+) -> _Budget:
+    target = check_epsilon(target_epsilon, where=where, name="target_epsilon")
+    delta = check_delta(delta, where=where)
+    what, mu = f"epsilon {{:.6g}} at delta {delta:g}", target / math.sqrt(2 * -math.log(delta))
+    return _Budget(where, target, lambda judge, events: judge.epsilon(events, delta), what, mu, accountant, relation, history)
 
 
 def _close(good: float, bad: float) -> bool:
@@ -179,29 +203,7 @@ def calibrate_noise_multiplier(
     Guarantee: epsilon(history + result) <= target_epsilon.
     """
     where = "calibrate_noise_multiplier"
-    rate = check_sample_rate(sample_rate, where=where)
-    count = check_count(steps, "steps", where=where)
-    if count == 0:
-        raise AccountingError(f"{where}: steps must be at least 1, got 0; nothing would be released.")
-    budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
-    # Larger noise is more private: search in the inverse. The guess is the Gaussian limit, right within a factor.
-    guess = rate * math.sqrt(2 * count * -math.log(budget.delta)) / budget.target
-    search = _Search(lambda x: budget.epsilon(math.exp(-x), rate, count), budget.target)
-    smallest, largest = _NOISE_RANGE
-    good, _ = search.run(-math.log(max(guess, 0.6)), -math.log(largest), -math.log(smallest), _close)
-    if math.isnan(good):
-        best = budget.epsilon(largest, rate, count)
-        raise budget.unreachable(
-            f"with noise multiplier {largest:g} it is {best:.6g}",
-            "take fewer steps, a smaller sample rate or a larger delta",
-        )
-    if good == -math.log(smallest):
-        raise AccountingError(
-            f"{where}: even noise multiplier {smallest:g} stays within epsilon {budget.target:g} at delta"
-            f" {budget.delta:g}, because an example is hardly ever sampled; use a smaller delta, or choose the noise"
-            " yourself."
-        )
-    return math.exp(-good)
+    return _noise(_epsilon_budget(where, target_epsilon, delta, accountant, relation, history), sample_rate, steps)
 
 
 def calibrate_sample_rate(
@@ -230,21 +232,7 @@ def calibrate_sample_rate(
     Guarantee: epsilon(history + result) <= target_epsilon.
     """
     where = "calibrate_sample_rate"
-    sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
-    count = check_count(steps, "steps", where=where)
-    if count == 0:
-        raise AccountingError(f"{where}: steps must be at least 1, got 0; nothing would be released.")
-    budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
-    guess = budget.target * sigma / math.sqrt(2 * count * -math.log(budget.delta))
-    search = _Search(lambda x: budget.epsilon(sigma, min(1.0, math.exp(x)), count), budget.target)
-    good, _ = search.run(math.log(min(max(guess, 1e-9), 1.0)), math.log(_MIN_RATE), 0.0, _close)
-    if math.isnan(good):
-        best = budget.epsilon(sigma, _MIN_RATE, count)
-        raise budget.unreachable(
-            f"with sample rate {_MIN_RATE:g} it is {best:.6g}",
-            "raise the noise multiplier or delta, or take fewer steps",
-        )
-    return min(1.0, math.exp(good))
+    return _rate(_epsilon_budget(where, target_epsilon, delta, accountant, relation, history), noise_multiplier, steps)
 
 
 def calibrate_steps(
@@ -273,20 +261,155 @@ def calibrate_steps(
     Guarantee: epsilon(history + result) <= target_epsilon, and one release more was found to exceed it.
     """
     where = "calibrate_steps"
-    rate = check_sample_rate(sample_rate, where=where)
-    sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
-    budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
-    guess = (budget.target * sigma / rate) ** 2 / (2 * -math.log(budget.delta))
+    return _steps(_epsilon_budget(where, target_epsilon, delta, accountant, relation, history), sample_rate, noise_multiplier)
+
+
+def calibrate_to_delta(
+    target_delta: float,
+    epsilon: float,
+    *,
+    sample_rate: float | None = None,
+    steps: int | None = None,
+    noise_multiplier: float | None = None,
+    accountant: str = "prv",
+    relation: NeighboringRelation | str = "add_remove",
+    history: Events = (),
+) -> float | int:
+    """Returns the one of sample rate, steps and noise multiplier that is left out, such that delta at `epsilon` is not above a target.
+
+    Args:
+      target_delta: budget in (0, 1), including `history`.
+      epsilon: in nats, above 0.
+      sample_rate: Poisson sample rate in (0, 1]; None to solve for the largest.
+      steps: number of releases, at least 1; None to solve for the largest.
+      noise_multiplier: noise standard deviation / L2 sensitivity; None to solve for the smallest.
+      accountant: name in ACCOUNTANTS.
+      relation: neighbouring relation.
+      history: (event, count) pairs already spent.
+
+    Raises:
+      AccountingError: for invalid input, unless exactly one is left out, and if the target is out of reach.
+
+    Guarantee: delta(history + result) at `epsilon` is at most target_delta, as the accountant's `delta` says.
+    """
+    where = "calibrate_to_delta"
+    target = check_delta(target_delta, where=where, name="target_delta")
+    epsilon = check_epsilon(epsilon, where=where)
+    what, mu = f"delta {{:.6g}} at epsilon {epsilon:g}", epsilon / math.sqrt(2 * -math.log(target))
+    budget = _Budget(where, target, lambda judge, events: judge.delta(events, epsilon), what, mu, accountant, relation, history)
+    return _left_out(budget, sample_rate, steps, noise_multiplier)
+
+
+def calibrate_to_advantage(
+    target_advantage: float,
+    *,
+    sample_rate: float | None = None,
+    steps: int | None = None,
+    noise_multiplier: float | None = None,
+    accountant: str = "prv",
+    relation: NeighboringRelation | str = "add_remove",
+    history: Events = (),
+) -> float | int:
+    """Returns the one of sample rate, steps and noise multiplier that is left out, such that no attack has more than some advantage.
+
+    Args:
+      target_advantage: the largest true-positive minus false-positive rate that any membership attack may have, in (0, 1),
+        including `history`.
+      sample_rate: Poisson sample rate in (0, 1]; None to solve for the largest.
+      steps: number of releases, at least 1; None to solve for the largest.
+      noise_multiplier: noise standard deviation / L2 sensitivity; None to solve for the smallest.
+      accountant: name in ACCOUNTANTS.
+      relation: neighbouring relation.
+      history: (event, count) pairs already spent.
+
+    Raises:
+      AccountingError: for invalid input, unless exactly one is left out, and if the target is out of reach.
+
+    Guarantee: the total variation distance of history + result is at most target_advantage, as the accountant's `advantage` says.
+    Source: Kulynych et al. 2024 (arXiv:2407.02191): noise for an attack risk, without the detour over one epsilon.
+    """
+    where = "calibrate_to_advantage"
+    target = check_real(target_advantage, "target_advantage", where=where)
+    if not 0.0 < target < 1.0:
+        raise AccountingError(
+            f"{where}: target_advantage must lie strictly between 0 and 1, got {target!r}; it is the largest true-positive minus"
+            " false-positive rate of an attack."
+        )
+    what, mu = "an attack advantage of {:.6g}", 2.5 * target
+    budget = _Budget(where, target, lambda judge, events: judge.advantage(events), what, mu, accountant, relation, history)
+    return _left_out(budget, sample_rate, steps, noise_multiplier)
+
+
+def _left_out(budget: _Budget, rate: float | None, steps: int | None, sigma: float | None) -> float | int:
+    """Returns the one of the three that is None."""
+    if rate is not None and steps is not None and sigma is None:
+        return _noise(budget, rate, steps)
+    if rate is None and steps is not None and sigma is not None:
+        return _rate(budget, sigma, steps)
+    if rate is not None and steps is None and sigma is not None:
+        return _steps(budget, rate, sigma)
+    raise AccountingError(f"{budget.where}: give exactly two of sample_rate, steps and noise_multiplier; the third is solved for.")
+
+
+def _check_steps(steps: int, where: str) -> int:
+    count = check_count(steps, "steps", where=where)
+    if count == 0:
+        raise AccountingError(f"{where}: steps must be at least 1, got 0; nothing would be released.")
+    return count
+
+
+def _check_sigma(noise_multiplier: float, where: str) -> float:
+    return SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
+
+
+def _noise(budget: _Budget, sample_rate: float, steps: int) -> float:
+    rate, count = check_sample_rate(sample_rate, where=budget.where), _check_steps(steps, budget.where)
+    # Larger noise is more private: search in the inverse. The guess is the Gaussian limit, right within a factor.
+    guess = rate * math.sqrt(count) / budget.mu
+    search = _Search(lambda x: budget.spent(math.exp(-x), rate, count), budget.target)
+    smallest, largest = _NOISE_RANGE
+    good, _ = search.run(-math.log(max(guess, 0.6)), -math.log(largest), -math.log(smallest), _close)
+    if math.isnan(good):
+        best = budget.spent(largest, rate, count)
+        raise budget.unreachable(
+            f"with noise multiplier {largest:g} it is {best:.6g}",
+            "take fewer steps, a smaller sample rate or a larger target or delta",
+        )
+    if good == -math.log(smallest):
+        raise AccountingError(
+            f"{budget.where}: even noise multiplier {smallest:g} stays within {budget.what.format(budget.target)}, because an example"
+            " is hardly ever sampled; use a smaller target or delta, or choose the noise yourself."
+        )
+    return math.exp(-good)
+
+
+def _rate(budget: _Budget, noise_multiplier: float, steps: int) -> float:
+    sigma, count = _check_sigma(noise_multiplier, budget.where), _check_steps(steps, budget.where)
+    guess = budget.mu * sigma / math.sqrt(count)
+    search = _Search(lambda x: budget.spent(sigma, min(1.0, math.exp(x)), count), budget.target)
+    good, _ = search.run(math.log(min(max(guess, 1e-9), 1.0)), math.log(_MIN_RATE), 0.0, _close)
+    if math.isnan(good):
+        best = budget.spent(sigma, _MIN_RATE, count)
+        raise budget.unreachable(
+            f"with sample rate {_MIN_RATE:g} it is {best:.6g}",
+            "raise the noise multiplier, the target or delta, or take fewer steps",
+        )
+    return min(1.0, math.exp(good))
+
+
+def _steps(budget: _Budget, sample_rate: float, noise_multiplier: float) -> int:
+    rate, sigma = check_sample_rate(sample_rate, where=budget.where), _check_sigma(noise_multiplier, budget.where)
+    guess = (budget.mu * sigma / rate) ** 2
     # Epsilon grows between the square root and the first power of the steps, mostly; the search does not rely on it.
-    search = _Search(lambda x: budget.epsilon(sigma, rate, round(math.exp(x))), budget.target, whole=True)
+    search = _Search(lambda x: budget.spent(sigma, rate, round(math.exp(x))), budget.target, whole=True)
     good, bad = search.run(math.log(min(max(round(guess), 1), _MAX_STEPS)), 0.0, math.log(_MAX_STEPS), _adjacent)
     if math.isnan(good):
-        one = budget.epsilon(sigma, rate, 1)
+        one = budget.spent(sigma, rate, 1)
         raise budget.unreachable(f"one release already gives {one:.6g}", "raise the noise multiplier or the budget")
     if math.isnan(bad):
         raise AccountingError(
-            f"{where}: {_MAX_STEPS:.0e} releases stay within epsilon {budget.target:g} at delta {budget.delta:g};"
-            " lower the noise multiplier or the budget."
+            f"{budget.where}: {_MAX_STEPS:.0e} releases stay within {budget.what.format(budget.target)}; lower the noise multiplier or"
+            " the budget."
         )
     return round(math.exp(good))
 

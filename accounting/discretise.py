@@ -58,6 +58,37 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """The part of a release in which one pair is in force: outcomes x between two ends, with a weight.
+
+    Args:
+      pair: the pair.
+      log_weight: log of the weight of its component in a mixture, rounded up.
+      low: lower end, in noise standard deviations.
+      high: upper end.
+    """
+
+    pair: Pair
+    log_weight: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def swapped_pieces(sigma: float, q: float, log_weight: float) -> tuple[tuple[Piece, Piece], float]:
+    """Returns the two pieces of a *swapped* pair (see `mixtures`) and the mass of its atom at loss 0, rounded up.
+
+    The losses above 0 of N(0) + q (N(1) - N(0)) against N(0) are those at x > 1/2, and the losses below 0 of N(0) against that
+    mixture are the same outcomes, mirrored. The rest of the mass, (1 - q) (N(1) - N(0))(x > 1/2), has loss 0 on either side.
+    """
+    from scipy.special import ndtr
+
+    middle = 0.5 / sigma
+    pieces = Piece(Pair(sigma, q, "remove"), log_weight, low=middle), Piece(Pair(sigma, q, "add"), log_weight, high=-middle)
+    total_variation = math.erf(middle / math.sqrt(2)) if middle < 1.0 else float(ndtr(middle) - ndtr(-middle))
+    return pieces, ((1 - q) * total_variation + 16 * _EPS) * math.exp(log_weight) * (1 + 1e-12)
+
+
+@dataclass(frozen=True)
 class PointLoss:
     """Masses at finite losses (nats), and `infinite` at plus infinity."""
 
@@ -147,6 +178,51 @@ def steering(pair: Pair, log_upper: float, log_lower: float) -> Nodes:
         log_weight = log_density + np.log(np.gradient(x))
     log_weight -= np.logaddexp.reduce(log_weight)
     return Nodes(x, loss_at(pair, x), log_weight)
+
+
+def steering_of(piece: Piece, log_upper: float, log_lower: float) -> Nodes:
+    """Returns the nodes of a piece, its ends among them; fewer than two if all of the piece lies in a negligible tail."""
+    whole = steering(piece.pair, log_upper - piece.log_weight, log_lower - piece.log_weight)
+    log_weight = whole.log_weight + piece.log_weight
+    if piece.low == -math.inf and piece.high == math.inf:
+        return Nodes(whole.x, whole.loss, log_weight)
+    inside = (whole.x > piece.low) & (whole.x < piece.high)
+    x, log_weight = whole.x[inside], log_weight[inside]
+    if len(x) == 0:
+        return Nodes(x, whole.loss[inside], log_weight)
+    if piece.low > -math.inf:
+        x, log_weight = np.append(piece.low, x), np.append(log_weight[0], log_weight)
+    if piece.high < math.inf:
+        x, log_weight = np.append(x, piece.high), np.append(log_weight, log_weight[-1])
+    return Nodes(x, loss_at(piece.pair, x), log_weight)
+
+
+def round_up_piece(piece: Piece, edges: Array) -> PointLoss:
+    """Returns `round_up` of a piece, with its weight; the edges end at the ends of the piece.
+
+    Guarantee: as for `round_up`: beyond a finite end there is nothing, or what is there is counted elsewhere.
+    """
+    part = round_up(piece.pair, edges, below=piece.low == -math.inf, beyond=piece.high == math.inf)
+    if piece.log_weight == 0.0:
+        return part
+    weight = math.exp(piece.log_weight) * (1 + 4 * _EPS)
+    return PointLoss(part.losses, part.mass * weight, part.infinite * weight)
+
+
+def mass_of(piece: Piece) -> float:
+    """Returns the P mass of a piece, with its weight, rounded up."""
+    inside = [end for end in (piece.low, piece.high) if math.isfinite(end)]
+    below, above = _tails(piece.pair, inside[0], inside[0]) if inside else (1.0, 1.0)
+    return (above if piece.low > -math.inf else below) * math.exp(piece.log_weight) * (1 + 1e-12)
+
+
+def merged(parts: list[PointLoss], atom: float, infinite: float) -> PointLoss:
+    """Returns the loss of a release made of parts, an atom at loss 0 and more mass at plus infinity."""
+    losses, mass = [part.losses for part in parts], [part.mass for part in parts]
+    if atom > 0.0:
+        losses.append(np.zeros(1))
+        mass.append(np.full(1, atom))
+    return PointLoss(np.concatenate(losses), np.concatenate(mass), math.fsum(part.infinite for part in parts) + infinite)
 
 
 def tilted(nodes: Nodes, tilt: float, cut: float) -> Array:
@@ -266,12 +342,14 @@ class _Cells:
         return out
 
 
-def round_up(pair: Pair, edges: Array) -> PointLoss:
+def round_up(pair: Pair, edges: Array, *, below: bool = True, beyond: bool = True) -> PointLoss:
     """Returns the loss of one release moved to the losses at `edges` so that every hockey-stick divergence can only grow.
 
     Args:
       pair: the release and the direction.
       edges: increasing and finite; what lies below the first is moved up to it, above the last to plus infinity.
+      below: whether what lies below the first edge belongs to it.
+      beyond: whether what lies above the last edge belongs to it.
 
     Guarantee: the composition of such losses bounds the composition of the releases from above.
     Source: Doroshenko et al. 2022, theorem 3.3 and lemma 3.1; Zhu, Dong, Wang 2022 (arXiv:2106.08567), theorem 10.
@@ -287,9 +365,9 @@ def round_up(pair: Pair, edges: Array) -> PointLoss:
         out = np.zeros(len(edges))
         out[:-1] += mass - upper
         out[1:] += upper
-        outside, beyond = _tails(pair, float(edges[0]), float(edges[-1]))
-        out[0] += outside
-    return PointLoss(np.maximum.accumulate(_loss_above(pair, edges)), out, beyond)
+        outside, infinite = _tails(pair, float(edges[0]), float(edges[-1]))
+        out[0] += outside if below else 0.0
+    return PointLoss(np.maximum.accumulate(_loss_above(pair, edges)), out, infinite if beyond else 0.0)
 
 
 def _tails(pair: Pair, low: float, high: float) -> tuple[float, float]:

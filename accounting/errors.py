@@ -61,11 +61,11 @@ def check_epsilon(value: Any, *, where: str, name: str = "epsilon") -> float:
     return check_positive(value, name, where=where)
 
 
-def check_delta(value: Any, *, where: str) -> float:
+def check_delta(value: Any, *, where: str, name: str = "delta") -> float:
     """Returns a delta strictly between 0 and 1; raises AccountingError otherwise."""
-    number = check_real(value, "delta", where=where)
+    number = check_real(value, name, where=where)
     if not 0.0 < number < 1.0:
-        raise AccountingError(f"{where}: delta must lie strictly between 0 and 1, got {number!r}; use a value below 1 / data-set size.")
+        raise AccountingError(f"{where}: {name} must lie strictly between 0 and 1, got {number!r}; use a value below 1 / data-set size.")
     return number
 
 

@@ -3,6 +3,9 @@
 After a crash the ledger may have counted a release that was never made; it never misses one that was. The file is JSON
 lines and only ever grows: a header, then `{"event": {...}, "count": n}` for a new event or a bare integer `n` for
 "n more of the same", so that a million steps take two megabytes and every write is one short append.
+
+The one exception: before the first event that format 1 does not know (any but `SampledGaussian`), the digit in the header becomes
+that of the newer format, so that an older dptrain refuses the file as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from accounting.errors import AccountingError, LedgerError, check_count
-from accounting.events import SampledGaussian
+from accounting.events import Event, SampledGaussian
+from accounting.kinds import event_from_dict
 
 try:
     import fcntl as _fcntl
@@ -24,9 +28,10 @@ except ImportError:  # pragma: no cover - a platform without advisory locks
 else:
     _flock = _fcntl
 
-_VERSION = 1
+# Format 1 holds only SampledGaussian, format 3 every kind of event. 2 was never used: a header that is one too high stays an error.
+_VERSION, _EXTENDED = 1, 3
 _HEADER_KEY = "dptrain_ledger"
-_HEADER = json.dumps({_HEADER_KEY: _VERSION}).encode() + b"\n"
+_HEADER, _EXTENDED_HEADER = (json.dumps({_HEADER_KEY: version}).encode() + b"\n" for version in (_VERSION, _EXTENDED))
 
 
 class PrivacyLedger:
@@ -44,12 +49,13 @@ class PrivacyLedger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self._runs: list[tuple[SampledGaussian, int]] = []
+        self._runs: list[tuple[Event, int]] = []
         self._fd: int | None = None
         self._path: Path | None = None
         self._dirty = False
-        self._pending: list[tuple[SampledGaussian, int]] = []
-        self._written: SampledGaussian | None = None
+        self._pending: list[tuple[Event, int]] = []
+        self._written: Event | None = None
+        self._extended = False
         self._closed = False
         self.warnings: tuple[str, ...] = ()
         if path is not None:
@@ -64,7 +70,7 @@ class PrivacyLedger:
         return self._path
 
     @property
-    def events(self) -> tuple[tuple[SampledGaussian, int], ...]:
+    def events(self) -> tuple[tuple[Event, int], ...]:
         """(event, count) pairs in the order of release; consecutive equal events are one pair."""
         return tuple(self._runs)
 
@@ -134,11 +140,11 @@ class PrivacyLedger:
         tail = lines.pop()
         if not lines:
             raise LedgerError(f"ledger {name}: line 1 is not a dptrain ledger header; this is another kind of file.")
-        _check_header(lines[0], name)
-        event: SampledGaussian | None = None
+        self._extended = _check_header(lines[0], name) == _EXTENDED
+        event: Event | None = None
         for number, line in enumerate(lines[1:], start=2):
             try:
-                event, count = _parse(line, event)
+                event, count = _parse(line, event, self._extended)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if line.endswith(_TORN):
                     continue  # a failed append, closed by the process that saw it fail; it counted the release again
@@ -154,7 +160,7 @@ class PrivacyLedger:
         # reads as a whole line we count it all the same (it may be the line without its newline): over-count, never
         # under-count. If it does not, it says nothing that could be counted, and keeping it would spoil the next line.
         try:
-            event, count = _parse(tail, event)
+            event, count = _parse(tail, event, self._extended)
         except (ValueError, KeyError, TypeError, RecursionError):
             self.warnings += (f"ledger {name}: an incomplete last line ({len(tail)} bytes) was dropped.",)
             return len(data) - len(tail), True
@@ -165,7 +171,7 @@ class PrivacyLedger:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def record(self, event: SampledGaussian, count: int = 1) -> None:
+    def record(self, event: Event, count: int = 1) -> None:
         """Counts `count` releases of `event`; call it BEFORE releasing.
 
         Args:
@@ -176,8 +182,8 @@ class PrivacyLedger:
           LedgerError: if the ledger is closed or the line did not reach the disk. The releases are counted in memory
             even then: do not release, and do not retry unless the release is to be counted twice.
         """
-        if not isinstance(event, SampledGaussian):
-            raise AccountingError(f"PrivacyLedger.record: event must be a SampledGaussian, got {event!r}.")
+        if not isinstance(event, Event):
+            raise AccountingError(f"PrivacyLedger.record: event must be an event such as SampledGaussian, got {event!r}.")
         count = check_count(count, "count", where="PrivacyLedger.record")
         if self._closed:
             raise LedgerError(f"ledger {self._path}: is closed; continue it with PrivacyLedger.open(path).")
@@ -198,6 +204,8 @@ class PrivacyLedger:
             # it neither glues to this line nor passes for a line of its own. What it counted is written out again.
             payload = _TORN + b"\n" + self._unwritten() + payload
         try:
+            if not self._extended and any(not isinstance(e, SampledGaussian) for e, _ in [*self._pending, (event, count)]):
+                self._extend_format()
             self._append(payload)
         except OSError as error:
             self._dirty = True
@@ -215,7 +223,22 @@ class PrivacyLedger:
         lines = (json.dumps({"event": e.to_dict(), "count": n}) for e, n in self._pending)
         return b"".join(line.encode() + b"\n" for line in lines)
 
-    def _extend(self, event: SampledGaussian, count: int) -> None:
+    def _extend_format(self) -> None:
+        """Changes the header, of the same length, to the format that holds every kind; raises OSError if it did not reach the disk."""
+        assert self._path is not None and self._fd is not None
+        # A descriptor opened for appending would write at the end. The file must be the locked one, even if another has its name now.
+        fd = os.open(self._path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        try:
+            if not os.path.sameopenfile(fd, self._fd):
+                raise OSError(116, "the file was replaced")
+            if os.write(fd, _EXTENDED_HEADER) != len(_EXTENDED_HEADER):
+                raise OSError(28, "only part of the header was written")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._extended = True
+
+    def _extend(self, event: Event, count: int) -> None:
         if self._runs and self._runs[-1][0] == event:
             self._runs[-1] = (event, self._runs[-1][1] + count)
         elif count:
@@ -313,7 +336,8 @@ def _json(line: bytes) -> Any:
     return json.loads(line.decode("utf-8"), parse_constant=refuse)
 
 
-def _check_header(line: bytes, name: str) -> None:
+def _check_header(line: bytes, name: str) -> int:
+    """Returns the format that the header announces; raises LedgerError if it is not one that is known."""
     try:
         header = _json(line)
     except (ValueError, RecursionError):
@@ -321,17 +345,21 @@ def _check_header(line: bytes, name: str) -> None:
     version = header.get(_HEADER_KEY) if isinstance(header, dict) else None
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise LedgerError(f"ledger {name}: line 1 is not a dptrain ledger header; this is another kind of file.")
-    if version > _VERSION:
-        raise LedgerError(f"ledger {name}: line 1 announces format {version}, this dptrain knows up to {_VERSION}; upgrade dptrain.")
+    if version not in (_VERSION, _EXTENDED):
+        raise LedgerError(
+            f"ledger {name}: line 1 announces format {version}, this dptrain knows {_VERSION} and {_EXTENDED}; upgrade dptrain."
+        )
+    return version
 
 
-def _parse(line: bytes, previous: SampledGaussian | None) -> tuple[SampledGaussian, int]:
+def _parse(line: bytes, previous: Event | None, extended: bool) -> tuple[Event, int]:
     """Returns the (event, count) a line stands for; raises ValueError, KeyError or TypeError if it is not one."""
     value = _json(line)
     if isinstance(value, dict):
         if set(value) != {"event", "count"}:
             raise ValueError("unknown fields")
-        event, count = SampledGaussian.from_dict(value["event"]), value["count"]
+        event: Event = event_from_dict(value["event"]) if extended else SampledGaussian.from_dict(value["event"])
+        count = value["count"]
     elif previous is not None:
         event, count = previous, value
     else:

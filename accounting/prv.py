@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 
 from accounting.accountant import NeighboringRelation, check_relation
 from accounting.errors import AccountingError, check_delta, check_epsilon, check_nonnegative
-from accounting.events import Events, SampledGaussian, normalise
-from accounting.rdp import Pairs, RDPAccountant
+from accounting.events import Event, Events, SampledGaussian, normalise
+from accounting.mixtures import Pairs, attained, components, simplify
+from accounting.rdp import RDPAccountant
+from accounting.tuning import Tuning
 
 if TYPE_CHECKING:
     from accounting.composition import Composition
-    from accounting.discretise import Array, PointLoss
+    from accounting.discretise import Array, Nodes, Piece, PointLoss
 
 # Excess of epsilon aimed at (relative): for the value reported, for a direction that only has to stay below it, and
 # for the certified lower value.
@@ -118,7 +120,7 @@ def _gaussian_lower(mu: float, delta: float, upper: float) -> float:
 
 
 class PRVAccountant:
-    """Privacy-loss-distribution accountant of Poisson-sampled Gaussians.
+    """Privacy-loss-distribution accountant of sampled Gaussians; for a random number of tuning runs it reports `rdp`'s value.
 
     Args:
       relation: the neighbouring relation.
@@ -151,12 +153,18 @@ class PRVAccountant:
 
     def _detail(self, events: Events, delta: float, *, certify: bool) -> Detail:
         delta = check_delta(delta, where="prv.epsilon")
-        pairs = normalise(events)
+        pairs = self._simple(events)
         if not pairs:
             return Detail(0.0, 0.0, 0.0, 0.0, "none", 0.0)
         return _detail_of(self.relation, pairs, delta, certify)
 
+    def _simple(self, events: Events) -> Pairs:
+        return simplify(normalise(events), self.relation)
+
     def _compute(self, pairs: Pairs, delta: float, certify: bool) -> Detail:
+        if _searched(pairs):
+            rdp = self._rdp.epsilon(pairs, delta)
+            return Detail(rdp, 0.0, math.inf, rdp, "rdp", 0.0)
         mu, sampled = _split(pairs)
         if not mu and not certify and _log_sampled(sampled) <= math.log(delta):
             return Detail(0.0, 0.0, 0.0, math.inf, "grid", 0.0)  # an example that is never sampled leaves no trace
@@ -180,13 +188,15 @@ class PRVAccountant:
 
     def delta(self, events: Events, epsilon: float) -> float:
         """Returns an upper bound on delta at `epsilon` (nats), 0 for no releases."""
-        return self._delta(normalise(events), check_epsilon(epsilon, where="prv.delta"))
+        return self._delta(self._simple(events), check_epsilon(epsilon, where="prv.delta"))
 
     def _delta(self, pairs: Pairs, epsilon: float, views: list[_View] | None = None) -> float:
         """Returns `delta`; the views that were refined on the way are appended to `views`."""
         if not pairs:
             return 0.0
         log_bound = self._rdp.log_delta(pairs, epsilon)
+        if _searched(pairs):
+            return min(1.0, max(math.exp(min(0.0, log_bound)), 5e-324))
         mu, sampled = _split(pairs)
         if sampled and not mu:
             log_bound = min(log_bound, _log_sampled(sampled))
@@ -211,10 +221,10 @@ class PRVAccountant:
         `_ANCHORS` of them, and the best one is taken.
         """
         wanted = [check_nonnegative(epsilon, "epsilon", where="prv.profile") for epsilon in epsilons]
-        pairs = normalise(events)
+        pairs = self._simple(events)
         mu, sampled = _split(pairs)
         points = sorted(set(wanted))
-        many = len(points) > _ANCHORS and bool(sampled) and (bool(mu) or sum(n for _, n in sampled) > 1)
+        many = len(points) > _ANCHORS and bool(sampled) and (bool(mu) or not _alone(sampled)) and not _searched(pairs)
         anchors = {points[round(i * (len(points) - 1) / (_ANCHORS - 1))] for i in range(_ANCHORS)} if many else set(points)
         views: list[_View] = []
         found: dict[float, float] = {}
@@ -234,10 +244,11 @@ class PRVAccountant:
 
     def advantage(self, events: Events) -> float:
         """Returns an upper bound on the total variation distance: delta at epsilon 0."""
-        return self.profile(events, [0.0])[0]
+        pairs = self._simple(events)
+        return self._rdp.advantage(pairs) if _searched(pairs) else self._delta(pairs, 0.0)
 
     def _directions(self) -> tuple[str, ...]:
-        # Replace-one's pair is its own mirror image. For add/remove the worse direction may change under composition.
+        # Replace-one's pairs are their own mirror image. For add/remove the worse direction may change under composition.
         return ("replace",) if self.relation is NeighboringRelation.replace_one else ("remove", "add")
 
     def _upper(self, mu: float, sampled: Pairs, question: _Question, kept: list[_View] | None = None) -> tuple[float, float]:
@@ -250,13 +261,13 @@ class PRVAccountant:
             return 0.0, 0.0
         if question.log_delta < _LEAST_LOG_DELTA:
             return math.inf, 0.0
-        if not mu and len(sampled) == 1 and sampled[0][1] == 1:
-            return self._single(sampled[0][0], question)
+        if not mu and (alone := _alone(sampled)):
+            return self._single(alone, question)
         import numpy as np
 
         try:
             with np.errstate(all="ignore"):  # NaN certifies nothing
-                views = [_View(mu, sampled, direction, question) for direction in self._directions()]
+                views = [_View(mu, sampled, direction, question, self.relation) for direction in self._directions()]
                 views.sort(key=lambda view: view.estimate, reverse=True)
                 worst = views[0].refined()
                 for view in views[1:]:
@@ -278,16 +289,26 @@ class PRVAccountant:
         return max(single_log_delta(pair, question.epsilon) for pair in pairs), 0.0
 
     def _lower(self, mu: float, sampled: Pairs, question: _Question) -> float:
-        """Returns a certified lower bound for the worse direction."""
+        """Returns a certified lower bound for the worse direction, of pairs that some data attain."""
         if question.log_delta < _LEAST_LOG_DELTA:
             return 0.0
         import numpy as np
 
-        try:
-            with np.errstate(all="ignore"):
-                return max(_View(mu, sampled, direction, question).certified() for direction in self._directions())
-        except (ArithmeticError, ValueError):
+        found = [(pair, n) for event, n in sampled for pair in [attained(event, self.relation)] if pair is not None]
+        directions = self._directions()
+        if any(lone for (_, lone), _ in found):  # N(0) on one side: either side may be the first
+            directions = ("remove", "add")
+        if not found and not mu:
             return 0.0
+        best = 0.0
+        for direction in directions:
+            pairs = [(event, n, direction if lone or "replace" not in self._directions() else "replace") for (event, lone), n in found]
+            try:
+                with np.errstate(all="ignore"):
+                    best = max(best, _View.of_pairs(mu, pairs, question).certified())
+            except (ArithmeticError, ValueError):
+                continue
+        return best
 
 
 @dataclass(frozen=True)
@@ -301,18 +322,41 @@ class _Question:
 class _View:
     """The releases in one direction: where to look, and bounds of any accuracy there."""
 
-    def __init__(self, mu: float, sampled: Pairs, direction: str, question: _Question) -> None:
+    def __init__(
+        self,
+        mu: float,
+        sampled: Pairs,
+        direction: str,
+        question: _Question,
+        relation: NeighboringRelation = NeighboringRelation.add_remove,
+    ) -> None:
+        # In one release of a kind this much mass may be moved to plus infinity.
+        releases = math.log(sum(n for _, n in sampled))
+        rare = question.log_delta + _LOG_SHARE - releases
+        self._begin(mu, [(_release(event, relation, direction, rare), n) for event, n in sampled], direction, question)
+
+    @classmethod
+    def of_pairs(cls, mu: float, sampled: Sequence[tuple[SampledGaussian, int, str]], question: _Question) -> _View:
+        """Returns the view of releases whose directions are given one by one."""
+        from accounting.discretise import Pair, Piece
+
+        view = cls.__new__(cls)
+        releases = [(_Release((Piece(Pair(e.noise_multiplier, e.sample_rate, side)),)), n) for e, n, side in sampled]
+        view._begin(mu, releases, sampled[0][2] if sampled else "", question)
+        return view
+
+    def _begin(self, mu: float, releases: list[tuple[_Release, int]], direction: str, question: _Question) -> None:
         from accounting.composition import Steering
-        from accounting.discretise import Pair, steering
 
         self._mu, self._question, self.direction = mu, question, direction
-        pairs = [(Pair(e.noise_multiplier, e.sample_rate, direction), n) for e, n in sampled]
-        releases = math.log(sum(n for _, n in sampled))
         self.aimed = question.epsilon if question.epsilon is not None else math.nan
-        self._nodes = [(steering(pair, question.log_delta + _LOG_SHARE - releases, _LOW_TAIL - releases), n) for pair, n in pairs]
+        self._releases = releases
+        self._pairs = [(release.pieces[0].pair, n) for release, n in releases]
+        log_count = math.log(sum(n for _, n in releases))
+        tails = question.log_delta + _LOG_SHARE - log_count, _LOW_TAIL - log_count
+        self._nodes = [(release.steer(*tails), n) for release, n in releases]
         self._full = self._steer = Steering(self._nodes, mu)
         self._cut = math.inf
-        self._pairs = pairs
         self._last: Composition | None = None
         if question.epsilon is not None:
             self._aim(question.epsilon)
@@ -325,8 +369,8 @@ class _View:
         self._weights = [self._curve * weight for weight in self._tilted()]
         #: What the answer cannot exceed: "add" has a largest total loss.
         self.limit = math.inf
-        if direction == "add" and not mu:
-            most = math.fsum(-n * math.log1p(-pair.q) for pair, n in pairs) * (1 + 1e-12)
+        if direction == "add" and not mu and all(release.plain for release, _ in releases):
+            most = math.fsum(-n * math.log1p(-pair.q) for pair, n in self._pairs) * (1 + 1e-12)
             self.limit = most if question.epsilon is None else (-math.inf if question.epsilon >= most else math.inf)
         #: The value expected, roughly.
         self.estimate = self._guess if question.epsilon is None else self._steer.point(self._tilt)[1]
@@ -462,26 +506,117 @@ class _View:
 
     def _parts(self, allowed: float, upper: bool) -> tuple[list[tuple[PointLoss, int]], float]:
         """Returns the rounded losses of the releases, on as many cells as cost `allowed` of epsilon in all."""
-        from accounting.discretise import place_cells, round_down, round_up, spread_cells
+        from accounting.discretise import merged, place_cells, round_down, round_up_piece, spread_cells
 
-        shares = [
-            spread_cells(nodes, weight, tilted)
-            for (nodes, _), weight, tilted in zip(self._nodes, self._weights, self._tilted(), strict=True)
-        ]
-        # With J cells a release costs roughness / (12 J^2); the smallest total number of cells is wanted.
-        wanted = [(n * roughness) ** (1 / 3) for (_, n), (_, roughness) in zip(self._nodes, shares, strict=True)]
+        rows = []  # piece by piece: (release, nodes, share of the cells below each node, roughness, count)
+        for index, ((release, n), (_, weight), tilted) in enumerate(
+            zip(self._releases, zip(self._nodes, self._weights, strict=True), self._tilted(), strict=True)
+        ):
+            start = 0
+            for nodes in release.nodes:
+                part = slice(start, start + len(nodes.x))
+                rows.append((index, nodes, *spread_cells(nodes, weight[part], tilted[part]), n))
+                start = part.stop
+        # With J cells a piece costs roughness / (12 J^2); the smallest total number of cells is wanted.
+        wanted = [(n * roughness) ** (1 / 3) for _, _, _, roughness, n in rows]
         unit = math.sqrt(math.fsum(wanted) / (12 * allowed))
-        rounding, parts, square = round_up if upper else round_down, [], 0.0
-        for (pair, n), (nodes, _), (share, roughness), want in zip(self._pairs, self._nodes, shares, wanted, strict=True):
+        found: list[list[PointLoss]] = [[] for _ in self._releases]
+        square = 0.0
+        for (index, nodes, share, roughness, n), want in zip(rows, wanted, strict=True):
             cells = min(max(math.ceil(want * unit), _FEWEST_CELLS), _MOST_CELLS)
-            parts.append((rounding(pair, place_cells(nodes, share, cells)), n))
+            piece, edges = self._releases[index][0].pieces[len(found[index])], place_cells(nodes, share, cells)
+            found[index].append(round_up_piece(piece, edges) if upper else round_down(piece.pair, edges))
             square += n * roughness / self._curve / cells**2
-        return parts, math.sqrt(square / sum(n for _, n in self._pairs))
+        parts = []
+        for (release, n), losses in zip(self._releases, found, strict=True):
+            parts.append((losses[0] if release.plain else merged(losses, release.atom, release.infinite), n))
+        return parts, math.sqrt(square / sum(n for _, n in self._releases))
+
+
+class _Release:
+    """One release in one direction: pieces of pairs, an atom at loss 0, and mass that is given up.
+
+    Args:
+      pieces: with their weights.
+      atom: mass at loss 0.
+      infinite: mass at plus infinity.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], atom: float = 0.0, infinite: float = 0.0) -> None:
+        self.pieces, self.atom, self.infinite = tuple(pieces), atom, infinite
+        self.nodes: list[Nodes] = []
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a single pair."""
+        return len(self.pieces) == 1 and self.atom == 0.0 and self.infinite == 0.0
+
+    def steer(self, log_upper: float, log_lower: float) -> Nodes:
+        """Returns the nodes of all pieces and of the atom; a piece that lies in a negligible tail is left out, its mass moved up."""
+        import numpy as np
+
+        from accounting.discretise import Nodes, mass_of, steering_of
+
+        if self.plain:
+            self.nodes = [steering_of(self.pieces[0], log_upper, log_lower)]
+            return self.nodes[0]
+        kept = []
+        for piece in self.pieces:
+            nodes = steering_of(piece, log_upper, log_lower)
+            if len(nodes.x) > 2:
+                kept.append(piece)
+                self.nodes.append(nodes)
+            elif piece.high < math.inf:
+                self.atom += mass_of(piece)  # losses below 0
+            else:
+                self.infinite += mass_of(piece)
+        self.pieces = tuple(kept)
+        x, loss, log_weight = (np.concatenate([getattr(nodes, name) for nodes in self.nodes]) for name in ("x", "loss", "log_weight"))
+        if self.atom > 0.0:
+            x, loss, log_weight = np.append(x, 0.0), np.append(loss, 0.0), np.append(log_weight, math.log(self.atom))
+        return Nodes(x, loss, log_weight - np.logaddexp.reduce(log_weight))
+
+
+def _release(event: Event, relation: NeighboringRelation, direction: str, rare: float) -> _Release:
+    """Returns one release in one direction; a component whose log-weight is below `rare` is given up to plus infinity."""
+    from accounting.discretise import Pair, Piece, swapped_pieces
+
+    pieces: list[Piece] = []
+    atom = infinite = 0.0
+    for part in components(event, relation):
+        if part.log_weight < rare:
+            infinite += math.exp(part.log_weight) * (1 + 1e-12) + 5e-324
+        elif part.form == "sampled":
+            pieces.append(Piece(Pair(part.sigma, part.q, direction), part.log_weight))
+        else:
+            both, at_zero = swapped_pieces(part.sigma, part.q, part.log_weight)
+            pieces.extend(both)
+            atom += at_zero
+    return _Release(pieces, atom, infinite)
+
+
+def _searched(pairs: Pairs) -> bool:
+    """Returns whether a search of random length is among the events: only its Renyi divergence is bounded."""
+    return any(isinstance(event, Tuning) for event, _ in pairs)
+
+
+def _alone(sampled: Pairs) -> SampledGaussian | None:
+    """Returns the event if there is one single release, and that an ordinary one."""
+    if len(sampled) == 1 and sampled[0][1] == 1 and isinstance(sampled[0][0], SampledGaussian):
+        return sampled[0][0]
+    return None
 
 
 def _log_sampled(sampled: Pairs) -> float:
     """Returns log of the probability that an example is sampled at all, rounded up: delta is never larger."""
-    return math.log(-math.expm1(math.fsum(n * math.log1p(-e.sample_rate) for e, n in sampled))) + 1e-9
+    if any(_rate(event) == 1.0 for event, _ in sampled):
+        return 0.0
+    return math.log(-math.expm1(math.fsum(n * math.log1p(-_rate(e)) for e, n in sampled))) + 1e-9
+
+
+def _rate(event: Event) -> float:
+    rate: float = event.sample_rate  # type: ignore[attr-defined]  # every kind that is sampled has one
+    return rate
 
 
 def _left(coarse: float, fine: float, ratio: float) -> float:
@@ -498,8 +633,9 @@ def _detail_of(relation: NeighboringRelation, pairs: Pairs, delta: float, certif
 
 def _split(pairs: Pairs) -> tuple[float, Pairs]:
     """Returns (mu of the full-batch releases as one Gaussian, the sampled ones): mu^2 is the sum of 1 / sigma^2."""
-    square = math.fsum(n / e.noise_multiplier**2 for e, n in pairs if e.sample_rate == 1.0)
-    return math.sqrt(square), tuple((e, n) for e, n in pairs if e.sample_rate < 1.0)
+    full = [(e, n) for e, n in pairs if isinstance(e, SampledGaussian) and e.sample_rate == 1.0]
+    square = math.fsum(n / e.noise_multiplier**2 for e, n in full)
+    return math.sqrt(square), tuple((e, n) for e, n in pairs if not (isinstance(e, SampledGaussian) and e.sample_rate == 1.0))
 
 
 __all__ = ["Detail", "PRVAccountant", "SampledGaussian", "gaussian_epsilon", "gaussian_log_delta"]

@@ -107,6 +107,32 @@ def log_moment(sigma: float, q: float, order: float, replace_one: bool) -> float
     return (bound if math.isfinite(bound) else float(_unsampled(sigma, q, order))) * (1 + _ROUNDING)
 
 
+def swapped_log_moment(sampled: Array) -> Array:
+    """Returns an upper bound on the log-moment of a *swapped* pair (see `mixtures`) from that of the sampled one, both directions.
+
+    E_Q[rho^a] - 1 = a (a - 1) times the integral over s of s^(a-2) (H_s - (1 - s)_+), H_s the hockey-stick divergence (Liese and Vajda
+    2006, theorem 11). The integrand is not negative; above s = 1 it is that of one direction, below that of the other. So A - 1
+    is at most the sum of both (A - 1), and the smaller of the two is replaced by the larger.
+    """
+    out: Array = np.where(sampled < 1.0, np.log1p(2 * np.expm1(np.minimum(sampled, 1.0))), sampled + np.log(2 - np.exp(-sampled)))
+    return out * (1 + _ROUNDING)
+
+
+def mixed_log_moment(log_weights: Array, moments: Array) -> Array:
+    """Returns the log-moment of a mixture whose indicator is revealed: the moments mix linearly.
+
+    Args:
+      log_weights: of the components, rounded up; together at least 1.
+      moments: log-moments, a row per component.
+    """
+    weights = np.exp(log_weights)[:, None]
+    with np.errstate(over="ignore"):
+        small = np.log1p((weights * np.expm1(np.minimum(moments, 1.0))).sum(axis=0))
+    large = np.logaddexp.reduce(log_weights[:, None] + moments, axis=0)
+    out: Array = np.where(moments.max(axis=0) < 1.0, small, large)
+    return np.maximum(out, 0.0) * (1 + _ROUNDING)
+
+
 # Nodes of the rough rule: no peak of the integrand is narrower than a standard deviation.
 _WINDOW = np.linspace(-9.0, 9.0, 55)
 

@@ -6,7 +6,7 @@ trade-off function of the composition. For every epsilon and every delta >= delt
     f(alpha) >= max(0, 1 - delta - e^epsilon alpha, e^-epsilon (1 - delta - alpha)),
 
 so the largest of these over any finite set of pairs is a valid lower bound; more pairs only make it tighter. The largest
-advantage, true-positive minus false-positive rate, is delta(0), and delta(0) <= delta(e) + e^e - 1 for a set without 0.
+advantage, true-positive minus false-positive rate, is delta(0), and at most (e^epsilon - 1 + 2 delta) / (e^epsilon + 1) for every pair.
 
 Source: Wasserman and Zhou 2010; Dong, Roth, Su 2022 (arXiv:1905.02383), propositions 2.4 and 2.12.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from accounting.accountant import NeighboringRelation, check_relation, get_accountant
+from accounting.accountant import NeighboringRelation, advantage_of, check_relation, get_accountant
 from accounting.errors import AccountingError, check_count, check_nonnegative
 from accounting.events import Events, normalise
 
@@ -76,9 +76,7 @@ class TradeOff:
     @property
     def advantage(self) -> float:
         """Upper bound on the largest true-positive minus false-positive rate of any attack: the total variation distance."""
-        pairs = zip(self.epsilons, self.deltas, strict=True)
-        found = min(delta + math.expm1(min(epsilon, 1.0)) for epsilon, delta in pairs)
-        return min(1.0, found * (1 + _ROUNDING))
+        return min(advantage_of(epsilon, delta) for epsilon, delta in zip(self.epsilons, self.deltas, strict=True))
 
     def type_two_error(self, type_one_error: float) -> float:
         """Returns a lower bound on the share of members that an attack misses.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from accounting import NeighboringRelation, PrivacyLedger, SampledGaussian, calibrate_noise_multiplier, get_accountant
+from accounting import Event, NeighboringRelation, PrivacyLedger, SampledGaussian, calibrate_noise_multiplier, get_accountant
 from dptrain.config import Privacy
 from dptrain.errors import ConfigError, DptrainError, RunError
 from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for
@@ -193,9 +193,9 @@ class Budget:
         self._in_pass = 1 if new else (self._in_pass or 0) + 1
         return new
 
-    def _held(self) -> dict[SampledGaussian, int]:
+    def _held(self) -> dict[Event, int]:
         """Event -> releases of its kind in the ledger."""
-        held: dict[SampledGaussian, int] = {}
+        held: dict[Event, int] = {}
         for event, count in self.ledger.events:
             held[event] = held.get(event, 0) + count
         return held

@@ -198,24 +198,75 @@ def epsilon(
     delta: Delta,
     accountant: AccountantName = "prv",
     relation: Relation = "add_remove",
+    risks: Annotated[
+        bool, typer.Option("--risks", help="Also what an attack can achieve, and (prv) the certified lower bound on epsilon.")
+    ] = False,
+    tuning_tries: Annotated[
+        float | None, typer.Option("--tuning-tries", help="Runs of a hyper-parameter search, only the best released; the mean if random.")
+    ] = None,
+    tuning_distribution: Annotated[
+        str, typer.Option("--tuning-distribution", help="Of the number of runs: geometric, logarithmic, poisson, or fixed.")
+    ] = "geometric",
     as_json: AsJson = False,
 ) -> None:
     """Epsilon of a number of Poisson-sampled Gaussian releases; an upper bound."""
-    from accounting import SampledGaussian, get_accountant
+    import accounting as acc
 
-    event = SampledGaussian(noise_multiplier, sample_rate)
-    value = get_accountant(accountant, relation).epsilon([(event, steps)], delta)
-    values = {
-        "epsilon": value, "delta": delta, "accountant": accountant, "neighboring_relation": relation, "sampling": "poisson",
+    events: list[tuple[acc.Event, int]] = [(acc.SampledGaussian(noise_multiplier, sample_rate), steps)]
+    values: dict[str, Any] = {
+        "delta": delta, "accountant": accountant, "neighboring_relation": relation, "sampling": "poisson",
         "sample_rate": sample_rate, "noise_multiplier": noise_multiplier, "steps": steps,
     }  # fmt: skip
-    emit(values, f"epsilon = {value:.6g} at delta = {delta:g} ({relation}, Poisson sampling, accountant {accountant})", as_json)
+    words = "Poisson sampling"
+    if tuning_tries is not None:
+        tries: Any = int(tuning_tries) if tuning_tries.is_integer() else tuning_tries
+        chosen: Any = tuning_distribution
+        events = [(acc.Tuning(events, tries, chosen), 1)]
+        values |= {"tuning_tries": tries, "tuning_distribution": tuning_distribution}
+        words += f", the best of {tries:g} runs" + ("" if chosen == "fixed" else f" on average ({chosen})")
+    value = acc.get_accountant(accountant, relation).epsilon(events, delta)
+    sentence = f"epsilon = {value:.6g} at delta = {delta:g} ({relation}, {words}, accountant {accountant})"
+    values = {"epsilon": value, **values}
+    if risks:
+        found = attack_risks(events, delta, accountant, relation)
+        values |= found
+        sentence += f"\n{risk_sentence(found)}"
+    emit(values, sentence, as_json)
+
+
+def attack_risks(events: Any, delta: float, accountant: str, relation: str) -> dict[str, Any]:
+    """What the best membership attack can achieve, and how far epsilon may be from the truth."""
+    from accounting import get_accountant, trade_off
+
+    curve = trade_off(events, relation, accountant)
+    found: dict[str, Any] = {
+        "advantage": curve.advantage,
+        "true_positive_rate": {f"{rate:g}": curve.true_positive_rate(rate) for rate in (0.01, 0.001)},
+    }
+    if accountant == "prv":
+        judge: Any = get_accountant(accountant, relation)
+        found["epsilon_lower_bound"] = judge.detail(events, delta).lower
+    return found
+
+
+def risk_sentence(found: dict[str, Any]) -> str:
+    """``attack_risks`` for people."""
+    rates = ", ".join(f"at most {share:.6g} at false-positive rate {rate}" for rate, share in found["true_positive_rate"].items())
+    lines = [f"membership attack: advantage at most {found['advantage']:.6g}; true-positive rate {rates}"]
+    if found.get("epsilon_lower_bound", 0.0) > 0.0:  # 0: nothing is known
+        lines.append(f"the true epsilon is at least {found['epsilon_lower_bound']:.6g} (certified)")
+    return "\n".join(lines)
 
 
 @app.command()
 def calibrate(
-    target_epsilon: Annotated[float, typer.Option("--target-epsilon", help="Budget.")],
-    delta: Delta,
+    target_epsilon: Annotated[float | None, typer.Option("--target-epsilon", help="Budget; needs --delta.")] = None,
+    delta: Annotated[float | None, typer.Option("--delta", help="Delta of the target epsilon.")] = None,
+    target_advantage: Annotated[
+        float | None, typer.Option("--target-advantage", help="Largest true- minus false-positive rate of a membership attack.")
+    ] = None,
+    target_delta: Annotated[float | None, typer.Option("--target-delta", help="Largest delta; needs --epsilon.")] = None,
+    at_epsilon: Annotated[float | None, typer.Option("--epsilon", help="Epsilon of the target delta.")] = None,
     sample_rate: Annotated[float | None, typer.Option("--sample-rate", help="Leave out to solve for it.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Leave out to solve for it.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option("--noise-multiplier", help="Leave out to solve for it.")] = None,
@@ -227,26 +278,44 @@ def calibrate(
     import accounting as acc
     from dptrain.errors import ConfigError
 
-    given = {"sample_rate": sample_rate, "steps": steps, "noise_multiplier": noise_multiplier}
+    given: dict[str, Any] = {"sample_rate": sample_rate, "steps": steps, "noise_multiplier": noise_multiplier}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) != 1:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"Give exactly two of {flags}; the third is solved for (got {3 - len(missing)}).")
-    solve: Any = getattr(acc, f"calibrate_{missing[0]}")
+    targets = (target_epsilon, target_advantage, target_delta)
+    if sum(target is not None for target in targets) != 1:
+        raise ConfigError("Give exactly one of --target-epsilon (with --delta), --target-delta (with --epsilon) and --target-advantage.")
+    if (delta is None) != (target_epsilon is None) or (at_epsilon is None) != (target_delta is None):
+        raise ConfigError("--delta belongs to --target-epsilon, and --epsilon to --target-delta; give both or neither.")
     known = {k: v for k, v in given.items() if v is not None}
-    found = solve(target_epsilon=target_epsilon, delta=delta, accountant=accountant, relation=relation, **known)
+    who: dict[str, Any] = {"accountant": accountant, "relation": relation}
+    if target_epsilon is not None:
+        found = getattr(acc, f"calibrate_{missing[0]}")(target_epsilon=target_epsilon, delta=delta, **who, **known)
+    elif target_delta is not None:
+        assert at_epsilon is not None
+        found = acc.calibrate_to_delta(target_delta, at_epsilon, **who, **known)
+    else:
+        assert target_advantage is not None
+        found = acc.calibrate_to_advantage(target_advantage, **who, **known)
     given[missing[0]] = found
-    event = acc.SampledGaussian(float(given["noise_multiplier"] or 0), float(given["sample_rate"] or 0))
-    reached = acc.get_accountant(accountant, relation).epsilon([(event, int(given["steps"] or 0))], delta)
-    values = {
-        **given, "solved_for": missing[0], "epsilon": reached, "target_epsilon": target_epsilon, "delta": delta,
-        "accountant": accountant, "neighboring_relation": relation, "sampling": "poisson",
-    }  # fmt: skip
-    sentence = (
-        f"{missing[0]} = {found:.10g} gives epsilon = {reached:.6g} <= {target_epsilon:g} at delta = {delta:g} "
-        f"({relation}, Poisson sampling, accountant {accountant})"
-    )
-    emit(values, sentence, as_json)
+    judge = acc.get_accountant(accountant, relation)
+    events = [(acc.SampledGaussian(given["noise_multiplier"], given["sample_rate"]), given["steps"])]
+    values: dict[str, Any] = {**given, "solved_for": missing[0]}
+    if delta is not None:
+        reached = judge.epsilon(events, delta)
+        values |= {"epsilon": reached, "target_epsilon": target_epsilon, "delta": delta}
+        outcome = f"epsilon = {reached:.6g} <= {target_epsilon:g} at delta = {delta:g}"
+    elif at_epsilon is not None:
+        reached = judge.delta(events, at_epsilon)
+        values |= {"delta": reached, "target_delta": target_delta, "epsilon": at_epsilon}
+        outcome = f"delta = {reached:.6g} <= {target_delta:g} at epsilon = {at_epsilon:g}"
+    else:
+        reached = judge.advantage(events)
+        values |= {"advantage": reached, "target_advantage": target_advantage}
+        outcome = f"attack advantage = {reached:.6g} <= {target_advantage:g}"
+    values |= {"accountant": accountant, "neighboring_relation": relation, "sampling": "poisson"}
+    emit(values, f"{missing[0]} = {found:.10g} gives {outcome} ({relation}, Poisson sampling, accountant {accountant})", as_json)
 
 
 @app.command()

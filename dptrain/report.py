@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from accounting import SampledGaussian, get_accountant
+from accounting import Events, get_accountant
 from accounting.prv import PRVAccountant
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset
@@ -84,7 +84,7 @@ def run_facts(
 
 def privacy_statement(
     config: TrainConfig,
-    events: Sequence[tuple[SampledGaussian, int]],
+    events: Events,
     facts: Mapping[str, Any],
     status: str,
     data_set: Mapping[str, Any] | None = None,

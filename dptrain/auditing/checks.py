@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from accounting import Event
 from dptrain.auditing.bounds import FALSE_ALARM, Array
 from dptrain.auditing.findings import Finding
 from dptrain.auditing.subject import Subject
@@ -145,6 +146,11 @@ def parameters(subject: Subject, vector: Array) -> list[Array]:
     return np.split(vector, np.cumsum(sizes)[:-1])
 
 
+def claim(event: Event) -> float:
+    """The noise multiplier that an event claims; a kind that a step cannot be claims everything."""
+    return float(getattr(event, "noise_multiplier", math.inf))
+
+
 def bookkeeping(subject: Subject) -> Finding:
     """Every release is in the ledger before the weights change, with the noise it had.
 
@@ -153,7 +159,7 @@ def bookkeeping(subject: Subject) -> Finding:
     """
     events = subject.ledger.events
     counted = subject.ledger.num_releases
-    claimed = min((event.noise_multiplier for event, _ in events), default=math.inf)
+    claimed = min((claim(event) for event, _ in events), default=math.inf)
     right = counted >= subject.steps and subject.late == 0 and claimed <= subject.event.noise_multiplier * (1 + 1e-9)
     return Finding(
         "ledger", bool(right), f"{counted} of {subject.steps} releases recorded, {subject.late} of them after the weights had changed",

@@ -13,7 +13,7 @@ import numpy as np
 
 from accounting import NeighboringRelation
 from dptrain.auditing.bounds import FALSE_ALARM, Array, Coins, ErrorRates, error_rates
-from dptrain.auditing.checks import crowd
+from dptrain.auditing.checks import claim, crowd
 from dptrain.auditing.findings import Finding
 from dptrain.auditing.subject import Subject
 
@@ -97,7 +97,7 @@ def distinguish(subject: Subject, alone: list[Array], trials: int, delta: float,
     features, coins = play(subject, alone, trials, seed)
     learn, test = slice(None, trials // 2), slice(trials // 2, None)
     scores = features @ direction(features[learn], coins[learn])
-    claimed = min(event.noise_multiplier for event, _ in subject.ledger.events)
+    claimed = min(claim(event) for event, _ in subject.ledger.events)
     grid = np.quantile(scores[learn], np.linspace(0.1, 0.9, 33))
     before = [error_rates(scores[learn][coins[learn]], scores[learn][~coins[learn]], t, FALSE_ALARM) for t in grid]
     best = int(np.argmax([gaussian_trade_off(claimed, r.false_positive) - r.false_negative for r in before]))

@@ -126,7 +126,7 @@ def run_ledger(setup: Setup, loop: Loop) -> Finding:
     events, counted = loop.ledger.events, loop.ledger.num_releases
     noise = effective_noise_multiplier(setup.plan, loop.stds or {}, setup.config.privacy.relation)
     rate = float(loop.step.sampler.sample_rate)
-    quiet = max((event.noise_multiplier for event, _ in events), default=0.0)
+    quiet = max((checks.claim(event) for event, _ in events), default=0.0)
     rare = min((getattr(event, "sample_rate", rate) for event, _ in events), default=1.0)
     right = counted >= setup.num_steps and quiet <= noise * (1 + 1e-9) and rare >= rate * (1 - 1e-9)
     text = (

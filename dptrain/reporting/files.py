@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accounting import Events, PrivacyLedger
+from accounting import Events, PrivacyLedger, SampledGaussian
 from dptrain.checkpoint import FORMAT
 from dptrain.config import TrainConfig, one_line
 from dptrain.errors import ConfigError, RunError
@@ -95,6 +95,18 @@ class RunFiles:
     def releases(self) -> int:
         """Releases in the ledger."""
         return sum(count for _, count in self.events)
+
+    @property
+    def poisson(self) -> list[SampledGaussian]:
+        """The events; what a run makes are releases on Poisson samples.
+
+        Raises:
+            RunError: the ledger holds others.
+        """
+        found = [event for event, _ in self.events if isinstance(event, SampledGaussian)]
+        if len(found) < len(self.events):
+            raise RunError(f"{self.path / 'ledger.jsonl'} holds releases that are not of a run of dptrain train; restore the ledger.")
+        return found
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -300,7 +312,7 @@ def check_ledger(files: RunFiles, checkpoint: int) -> None:
     for witness, count in seen.items():
         if count > releases:
             raise RunError(f"{name} holds {releases} releases and {witness} tells of {count}, so releases were lost; restore the ledger.")
-    for event, _ in files.events:
+    for event in files.poisson:
         if run.noise_multiplier is not None and event.noise_multiplier > run.noise_multiplier * (1 + ROUNDING):
             raise RunError(
                 f"{name} claims the noise multiplier {event.noise_multiplier:.9g}, and run.json says {run.noise_multiplier:.9g}; "
@@ -326,7 +338,7 @@ def check_noise(files: RunFiles) -> None:
     if not groups or not files.events or None in stds.values():
         return
     sigma = effective_noise_multiplier(Plan(files.config.strategy.name, tuple(groups), {}), stds, files.config.privacy.relation)
-    claimed = files.events[-1][0].noise_multiplier
+    claimed = files.poisson[-1].noise_multiplier
     if claimed > sigma * (1 + ROUNDING):
         source = "privacy.json" if files.stored is not None else "run.json"
         raise RunError(

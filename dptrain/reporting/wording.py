@@ -120,14 +120,14 @@ def progress(report: RunReport) -> str:
 
 def sampling(report: RunReport) -> str:
     """How examples enter a step."""
-    rates = sorted({event.sample_rate for event, _ in report.files.events}) or [report.files.run.sample_rate]
+    rates = sorted({event.sample_rate for event in report.files.poisson}) or [report.files.run.sample_rate]
     text = f"{rates[0]:.6g}" if len(rates) == 1 else f"between {rates[0]:.6g} and {rates[-1]:.6g}"
     return f"Poisson: each step draws every example independently with probability {text}"
 
 
 def noise(report: RunReport) -> str:
     """Noise multiplier and kind."""
-    sigmas = sorted({event.noise_multiplier for event, _ in report.files.events})
+    sigmas = sorted({event.noise_multiplier for event in report.files.poisson})
     text = "Gaussian"
     if sigmas:
         several = f"s from {sigmas[0]:.6g} to {sigmas[-1]:.6g}"

@@ -102,3 +102,77 @@ def dp_accounting_pld(events, delta: float, interval: float = 1e-4, pessimistic:
         ).self_compose(count)
         total = step if total is None else total.compose(step)
     return float(total.get_epsilon_for_delta(delta))
+
+
+# -- losses of one release on a fine grid of outcomes, composed by convolution ----------------------------------------
+
+
+def sampled_losses(sigma: float, q: float, direction: str, width: float = 12.0, points: int = 400_001):
+    """(loss, P mass, Q mass) of every cell of outcomes; the ordinary pair of a direction."""
+    edges = np.linspace(-width * sigma - 1, width * sigma + 1, points)
+
+    def normal(centre):
+        inside = np.diff(stats.norm.cdf(edges, centre, sigma))
+        return np.where(edges[1:] > centre, -np.diff(stats.norm.sf(edges, centre, sigma)), inside)  # digits in both tails
+
+    up, down = {"remove": (1.0, None), "add": (None, 1.0), "replace": (0.5, -0.5)}[direction]
+    mix = lambda centre: normal(0.0) if centre is None else (1 - q) * normal(0.0) + q * normal(centre)  # noqa: E731
+    return mix(up), mix(down)
+
+
+def swapped_losses(sigma: float, q: float):
+    """(P, Q) masses: losses above 0 of "remove", losses below 0 of "add", and what is left at 0."""
+    p_remove, q_remove = sampled_losses(sigma, q, "remove")
+    p_add, q_add = sampled_losses(sigma, q, "add")
+    above, below = p_remove > q_remove, p_add < q_add
+    p = np.concatenate([p_remove[above], p_add[below]])
+    r = np.concatenate([q_remove[above], q_add[below]])
+    return np.append(p, 1 - p.sum()), np.append(r, 1 - r.sum())
+
+
+def composed_delta(masses, count: int, epsilon: float, interval: float = 2e-3):
+    """(lower, upper) bounds on delta of `count` releases, whose losses are rounded down and up to a regular grid."""
+    p, r = masses
+    used = (p > 1e-18) & (r > 0)
+    loss, p = np.log(p[used] / r[used]), p[used]
+    found = []
+    for shift in (np.floor, np.ceil):
+        index = shift(loss / interval).astype(int)
+        low = int(index.min())
+        once = np.bincount(index - low, weights=p)
+        total, start = once, low
+        for _ in range(count - 1):
+            size = len(total) + len(once) - 1
+            total = np.fft.irfft(np.fft.rfft(total, size) * np.fft.rfft(once, size), size)
+            start += low
+        losses = (start + np.arange(len(total))) * interval
+        found.append(float(total @ np.maximum(-np.expm1(epsilon - np.minimum(losses, 600)), 0.0)))
+    return found[0], found[1]
+
+
+# -- real mechanisms on data where every other example contributes the same ------------------------------------------
+
+
+def hockey_stick(weights, other, sigma: float, epsilon: float) -> float:
+    """Divergence of two mixtures of Gaussians, given as {centre: probability}, the worse direction."""
+    centres = [*weights, *other]
+    x = np.linspace(min(centres) - 10 * sigma, max(centres) + 10 * sigma, 60_001)
+    density = lambda mixture: sum(w * stats.norm.pdf(x, c, sigma) for c, w in mixture.items())  # noqa: E731
+    a, b = density(weights), density(other)
+    step = x[1] - x[0]
+    return max(float(np.maximum(f - math.exp(epsilon) * g, 0).sum() * step) for f, g in ((a, b), (b, a)))
+
+
+def capped_sums(others: int, q: float, cap: int, base: float, record: float | None):
+    """The centres of a capped Poisson release: `others` examples that contribute `base`, and a record unless it is None."""
+    found: dict[float, float] = {}
+    for drawn in range(others + 1):
+        chance = float(stats.binom.pmf(drawn, others, q))
+        kept = min(drawn, cap)
+        joins = 0.0 if record is None else q * min(1.0, cap / (drawn + 1))
+        stays = base * kept
+        found[stays] = found.get(stays, 0.0) + chance * (1 - joins)
+        if joins:
+            moved = base * min(drawn, cap - 1) + record
+            found[moved] = found.get(moved, 0.0) + chance * joins
+    return found

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from accounting import (
     ACCOUNTANTS,
@@ -15,6 +16,8 @@ from accounting import (
     calibrate_noise_multiplier,
     calibrate_sample_rate,
     calibrate_steps,
+    calibrate_to_advantage,
+    calibrate_to_delta,
     get_accountant,
 )
 
@@ -47,6 +50,51 @@ class TestCalibration:
         steps = calibrate_steps(epsilon, 1e-6, q, sigma, name, history=history)
         spend = lambda n: get_accountant(name).epsilon([*history, (SampledGaussian(sigma, q), n)], 1e-6)  # noqa: E731
         assert spend(steps) <= epsilon < spend(steps + 1)
+
+
+@pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
+@pytest.mark.parametrize("name", ACCOUNTANTS)
+@pytest.mark.parametrize("known", [{"sample_rate": 0.02, "steps": 400}, {"sample_rate": 0.02, "noise_multiplier": 1.0},
+                                   {"steps": 400, "noise_multiplier": 1.2}, {"sample_rate": 1.0, "steps": 7}])  # fmt: skip
+class TestOtherTargets:
+    def solved(self, known, found):
+        values = {"noise_multiplier": found, "sample_rate": found, "steps": found, **known}
+        return [(SampledGaussian(values["noise_multiplier"], values["sample_rate"]), values["steps"])]
+
+    def test_advantage(self, name, relation, known):
+        found = calibrate_to_advantage(0.2, accountant=name, relation=relation, history=HISTORY, **known)
+        judge, events = get_accountant(name, relation), self.solved(known, found)
+        spent = judge.advantage([*HISTORY, *events])
+        assert 0.2 * (1 - 1e-3) * (known.get("steps") is not None) <= spent <= 0.2
+        assert "steps" in known or judge.advantage([*HISTORY, (events[0][0], events[0][1] + 1)]) > 0.2
+
+    def test_delta(self, name, relation, known):
+        found = calibrate_to_delta(1e-6, 3.0, accountant=name, relation=relation, history=HISTORY, **known)
+        judge, events = get_accountant(name, relation), self.solved(known, found)
+        spent = judge.delta([*HISTORY, *events], 3.0)
+        assert 1e-6 * (1 - 1e-3) * (known.get("steps") is not None) <= spent <= 1e-6
+        assert "steps" in known or judge.delta([*HISTORY, (events[0][0], events[0][1] + 1)], 3.0) > 1e-6
+
+
+@pytest.mark.parametrize("advantage", [1e-3, 0.1, 0.9])
+def test_advantage_of_one_gaussian_has_a_closed_form(advantage):
+    sigma = calibrate_to_advantage(advantage, sample_rate=1.0, steps=1)
+    exact = 1 / (2 * stats.norm.ppf((1 + advantage) / 2))
+    assert exact <= sigma <= exact * (1 + 1e-3) / (1 - advantage)
+
+
+def test_one_of_three_is_left_out():
+    for known in ({}, {"steps": 3}, {"steps": 3, "sample_rate": 0.1, "noise_multiplier": 1.0}):
+        for solve in (lambda **k: calibrate_to_advantage(0.1, **k), lambda **k: calibrate_to_delta(1e-5, 1.0, **k)):
+            with pytest.raises(AccountingError, match="exactly two"):
+                solve(**known)
+    for bad in (0, 1, -0.1, math.nan, "0.1", True):
+        with pytest.raises(AccountingError, match="target_advantage"):
+            calibrate_to_advantage(bad, sample_rate=0.1, steps=3)
+    with pytest.raises(AccountingError, match="history alone has an attack advantage"):
+        calibrate_to_advantage(1e-3, sample_rate=0.1, steps=3, history=HISTORY)
+    with pytest.raises(AccountingError, match="hardly ever sampled"):
+        calibrate_to_advantage(0.5, sample_rate=1e-3, steps=3)
 
 
 CALIBRATIONS = {

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from accounting import AccountingError, LedgerError, PrivacyLedger, SampledGaussian
+from accounting import AccountingError, CappedGaussian, FixedSizeGaussian, LedgerError, PrivacyLedger, SampledGaussian, Tuning
 
 A, B = SampledGaussian(1.0, 0.01), SampledGaussian(2.0, 0.5)
 
@@ -181,6 +181,64 @@ def test_newer_version(path):
     path.write_text('{"dptrain_ledger": 2}\n')
     with pytest.raises(LedgerError, match="upgrade"):
         PrivacyLedger.open(path)
+
+
+OTHERS = [CappedGaussian(1.0, 0.01, 1000, 30), FixedSizeGaussian(1.0, 1000, 10), Tuning([(A, 10), (B, 2)], 20, "poisson")]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_kinds_change_the_format(path, other):
+    fill(path, (A, 3))
+    assert path.read_text().startswith('{"dptrain_ledger": 1}\n')
+    with PrivacyLedger.open(path) as ledger:
+        ledger.record(other, 2)
+        ledger.record(other)
+        ledger.record(A)
+    # A header that an older dptrain refuses; the lines before it are as they were.
+    assert path.read_text().startswith('{"dptrain_ledger": 3}\n{"event": {"kind": "sampled_gaussian"')
+    with PrivacyLedger.open(path) as ledger:
+        assert ledger.events == ((A, 3), (other, 3), (A, 1)) and not ledger.warnings
+        ledger.record(other)
+    assert PrivacyLedger.read(path).num_releases == 8
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_kinds_in_the_old_format_are_damage(path, other):
+    fill(path, (A, 3))
+    with path.open("a") as file:
+        file.write(json.dumps({"event": other.to_dict(), "count": 1}) + "\n" + "2\n")
+    with pytest.raises(LedgerError, match="line 3"):
+        PrivacyLedger.open(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 20, 10_000])
+def test_a_failed_change_of_format_over_counts(path, monkeypatch, keep):
+    ledger = PrivacyLedger(path)
+    ledger.record(A, 1)
+    disk = FullDisk(monkeypatch, keep)
+    if keep == 10_000:
+        real = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(LedgerError, match="do not release"):
+        ledger.record(OTHERS[0], 12)
+    disk.healed = True
+    if keep == 10_000:
+        monkeypatch.setattr(os, "fsync", real)
+    assert PrivacyLedger.read(path).num_releases >= 1
+    ledger.record(B, 5)
+    ledger.close()
+    stored = PrivacyLedger.read(path)
+    assert stored.num_releases >= 18 and (OTHERS[0], 12) in stored.events
+
+
+def test_a_replaced_file_is_not_written(path, tmp_path):
+    ledger = PrivacyLedger(path)
+    os.replace(path, tmp_path / "moved")
+    path.write_text("something else")
+    with pytest.raises(LedgerError, match="was replaced"):
+        ledger.record(OTHERS[0])
+    assert path.read_text() == "something else" and ledger.num_releases == 1
+    ledger.close()
 
 
 def test_second_writer_in_this_and_another_process(path):

@@ -79,7 +79,7 @@ def test_profile_is_what_delta_says(relation, name):
         for i in (0, 7, 20, 33, 39):
             assert profile[i] == pytest.approx(accountant.delta(events, epsilons[i]), rel=2e-3)
         assert accountant.profile(events, epsilons[::-1]) == profile[::-1]
-        assert accountant.profile(events, [0.0])[0] == accountant.advantage(events) > profile[0]
+        assert accountant.profile(events, [0.0])[0] >= accountant.advantage(events) > profile[0]
 
 
 def test_profile_without_releases():

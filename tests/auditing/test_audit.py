@@ -135,7 +135,7 @@ def test_an_unnoised_count_is_caught() -> None:
 def test_replacing_at_the_price_of_removing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanism, "sensitivity", lambda group, relation="add_remove": group.norm_bound)
     setup = make(privacy={"noise_multiplier": 1.0, "accountant": "rdp", "relation": "replace_one"})
-    assert audit_setup(setup, canaries=0, examples=0, trials=1000).failed() == ["one release"]
+    assert audit_setup(setup, canaries=0, examples=0, trials=3000).failed() == ["one release"]
 
 
 def test_an_accountant_that_says_too_little_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import dptrain
-from accounting import SampledGaussian, calibrate_noise_multiplier, get_accountant
+from accounting import SampledGaussian, Tuning, calibrate_noise_multiplier, get_accountant, trade_off
 from dptrain.cli import fresh_directory, main
 from dptrain.config import json_schema
 from tests.core.shared import plain, write_npz
@@ -107,6 +107,45 @@ def test_the_two_commands_agree(run):
     assert json.loads(again[1])["epsilon"] == sigma["epsilon"] <= 2.0
 
 
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_risks_of_an_attack(run, accountant):
+    words = ["epsilon", *NUMBERS, "--accountant", accountant, "--risks"]
+    printed, curve = json.loads(run(*words, "--json")[1]), trade_off([(SampledGaussian(1.0, 0.01), 100)], accountant=accountant)
+    assert printed["advantage"] == curve.advantage
+    assert printed["true_positive_rate"] == {"0.01": curve.true_positive_rate(0.01), "0.001": curve.true_positive_rate(0.001)}
+    assert ("epsilon_lower_bound" in printed) == (accountant == "prv")
+    assert 0 < printed.get("epsilon_lower_bound", 0.1) <= printed["epsilon"]
+    text = run(*words)[1]
+    assert f"advantage at most {curve.advantage:.6g}; true-positive rate at most" in text
+
+
+@pytest.mark.parametrize("distribution", ["geometric", "logarithmic", "poisson", "fixed"])
+def test_the_price_of_tuning(run, distribution):
+    words = ["epsilon", *NUMBERS, "--tuning-tries", "20", "--tuning-distribution", distribution]
+    printed = json.loads(run(*words, "--json")[1])
+    search = Tuning([(SampledGaussian(1.0, 0.01), 100)], 20, distribution)
+    assert printed["epsilon"] == get_accountant("prv").epsilon([(search, 1)], 1e-5)
+    assert (printed["tuning_tries"], printed["tuning_distribution"]) == (20, distribution)
+    text = run(*words)[1]
+    assert "the best of 20 runs" in text and (distribution == "fixed" or f"on average ({distribution})" in text)
+
+
+@pytest.mark.parametrize("unknown", ["noise_multiplier", "steps", "sample_rate"])
+@pytest.mark.parametrize("target", ["advantage", "delta"])
+def test_calibrate_to_other_targets(run, unknown, target):
+    given = {"sample_rate": "0.01", "steps": "500", "noise_multiplier": "1.0"}
+    del given[unknown]
+    flags = [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), value)]
+    words = ["calibrate", *(["--target-advantage", "0.05"] if target == "advantage" else ["--target-delta", "1e-6", "--epsilon", "2"])]
+    printed = json.loads(run(*words, *flags, "--json")[1])
+    events = [(SampledGaussian(printed["noise_multiplier"], printed["sample_rate"]), printed["steps"])]
+    prv = get_accountant("prv")
+    reached, limit = (prv.advantage(events), 0.05) if target == "advantage" else (prv.delta(events, 2.0), 1e-6)
+    assert printed["solved_for"] == unknown and printed[target] == reached <= limit == printed[f"target_{target}"]
+    assert reached >= limit * (0.999 if unknown != "steps" else 0.9)
+    assert " <= " in run(*words, *flags)[1]
+
+
 CALIBRATE = ["calibrate", "--target-epsilon", "1", "--delta", "1e-5"]
 EPSILON = {"--sample-rate": "0.01", "--noise-multiplier": "1.0", "--steps": "100", "--delta": "1e-5"}
 
@@ -132,6 +171,9 @@ def epsilon_with(**changed):
         (epsilon_with(steps="-1"), "must not be negative"),
         (epsilon_with(accountant="gdp"), "gdp"),
         (epsilon_with(relation="substitute"), "substitute"),
+        (epsilon_with(tuning_tries="0.5"), "tries must lie between 1 and"),
+        (epsilon_with(tuning_tries="nan"), "tries must be finite"),
+        ([*epsilon_with(tuning_tries="5"), "--tuning-distribution", "binomial"], "distribution must be one of geometric"),
         ([*CALIBRATE, "--steps", "10"], "Give exactly two of --sample-rate, --steps, --noise-multiplier; the third is solved for (got 1)."),
         ([*CALIBRATE, "--steps", "1", "--sample-rate", "0.1", "--noise-multiplier", "1"], "Give exactly two of"),
         ([*CALIBRATE, "--steps", "10", "--sample-rate", "0"], "sample_rate must lie in (0, 1]"),
@@ -139,6 +181,11 @@ def epsilon_with(**changed):
         (["calibrate", "--target-epsilon", "0", "--delta", "1e-5", "--steps", "10", "--sample-rate", "0.1"], "must be above 0"),
         (["calibrate", "--target-epsilon", "nan", "--delta", "1e-5", "--steps", "10", "--sample-rate", "0.1"], "must be finite"),
         (["calibrate", "--target-epsilon", "1e-9", "--delta", "1e-300", "--steps", "1000000", "--sample-rate", "1"], "epsilon"),
+        (["calibrate", "--steps", "10", "--sample-rate", "0.1"], "exactly one of --target-epsilon"),
+        ([*CALIBRATE, "--target-advantage", "0.1", "--steps", "10", "--sample-rate", "0.1"], "exactly one of --target-epsilon"),
+        (["calibrate", "--target-epsilon", "1", "--steps", "10", "--sample-rate", "0.1"], "--delta belongs to --target-epsilon"),
+        (["calibrate", "--target-delta", "1e-5", "--steps", "10", "--sample-rate", "0.1"], "--epsilon to --target-delta"),
+        (["calibrate", "--target-advantage", "1.5", "--steps", "10", "--sample-rate", "0.1"], "target_advantage must lie strictly"),
         (["train", "none.yaml"], "There is no config file none.yaml"),
         (["plan", "none.yaml"], "There is no config file none.yaml"),
     ],
