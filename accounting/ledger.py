@@ -76,7 +76,7 @@ class PrivacyLedger:
         self._disk = _Disk()
         self._closed = False
         self._facts = check_facts(facts or {})
-        self._run = run
+        self.run = run
         self.warnings: tuple[str, ...] = ()
         if path is not None:
             self._path = _check_path(path)
@@ -256,7 +256,7 @@ class PrivacyLedger:
             raise LedgerError(f"ledger {self._path}: is closed; continue it with PrivacyLedger.open(path).")
         if count == 0:
             return
-        self._extend(event, count, self._run)
+        self._extend(event, count, self.run)
         if self._path is None:
             return
         if self._fd is None:
@@ -273,14 +273,14 @@ class PrivacyLedger:
                 f"ledger {self._path}: the release could not be written ({error.strerror}); do not release: free disk"
                 " space or fix the permissions, then record again (it stays counted)."
             ) from error
-        self._disk = _Disk(disk.size + len(payload), chain, event, self._run)
+        self._disk = _Disk(disk.size + len(payload), chain, event, self.run)
 
     def _lines(self) -> tuple[bytes, int | None]:
         """Returns the lines of all pending releases, and the chain after them."""
         disk = self._disk
         found: list[bytes] = []
-        if disk.writer != self._run:
-            found.append(json.dumps({"run": self._run}).encode())
+        if disk.writer != self.run:
+            found.append(json.dumps({"run": self.run}).encode())
         written = disk.event
         for event, count in disk.pending:
             text = str(count) if event == written else json.dumps({"event": event.to_dict(), "count": count})
