@@ -59,7 +59,7 @@ class RunDirectory:
         else:
             self.ledger = self._first_ledger(present)
             self._guarded(self._begin, config)
-        self._sweep()
+        self._guarded(self._sweep)
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Do something, and let the ledger go if it fails."""
@@ -98,8 +98,9 @@ class RunDirectory:
             raise RunError(f"{self.ledger.path} belongs to another run, or to none; restore it, or start in another --out directory.")
 
     def _sweep(self) -> None:
-        """Remove what a killed process left behind in the middle of replacing a file; the ledger's lock keeps others away."""
+        """Remove what a killed process left half written; the ledger's lock keeps others away."""
         assert self.path is not None
+        drop_fragment(self.path / "metrics.jsonl")
         for left in self.path.glob(".*.tmp"):
             with suppress(OSError):
                 left.unlink()
@@ -168,6 +169,23 @@ class RunDirectory:
 
     def __fspath__(self) -> str:
         return os.fspath(self.path or "")
+
+
+def drop_fragment(path: Path) -> None:
+    """Cut off a last line without an end, to which the next one would be glued.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    try:
+        with open(path, "r+b") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror or error}); choose another --out.") from None
 
 
 def begun(path: str | Path | None) -> dict[str, Any]:
