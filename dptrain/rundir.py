@@ -93,8 +93,8 @@ class RunDirectory:
 
     def _check_ledger(self) -> None:
         """Refuse the ledger of another run, whose releases would be taken for those of this one."""
-        self.run = self.record.get("run")
-        if self.run is not None and self.ledger.facts.get("run") != self.run:
+        self.run = self.record.get("run")  # none in a directory that an earlier version began, and none in its ledger
+        if self.ledger.facts.get("run") != self.run:
             raise RunError(f"{self.ledger.path} belongs to another run, or to none; restore it, or start in another --out directory.")
 
     def _sweep(self) -> None:

@@ -183,14 +183,28 @@ class Loop:
         checkpoint = self.run_dir.load_checkpoint()
         if checkpoint is None:
             return 0
+        assert self.run_dir.path is not None
+        file = self.run_dir.path / "checkpoint.safetensors"
+        checkpoint.refuse_misfit(self.backend.get_weights(self.setup.model), file)
+        if checkpoint.step > self.setup.num_steps:
+            raise RunError(f"{file} holds {checkpoint.step} steps of a run of {self.setup.num_steps}; start in another --out directory.")
         self.backend.set_weights(self.setup.model, checkpoint.weights)
-        self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
+        try:
+            self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{file} holds a state that is not of this optimizer ({reason}); start in another --out directory.") from None
         self.bounds = checkpoint.bounds
         return checkpoint.step
 
     def _sigma(self, sigma: float) -> float:
         """The noise multiplier that this run began with, or the one given, which is then remembered."""
-        stored = self.run_dir.record.get("noise_multiplier")
+        stored, given = self.run_dir.record.get("noise_multiplier"), self.config.privacy.noise_multiplier
+        if (stored is None and self.ledger.num_releases) or (None not in (stored, given) and stored != given):
+            raise RunError(
+                f"The run.json of {self.run_dir.path} does not hold the noise_multiplier that the run began with (found {stored!r}); "
+                "restore it or start in another --out directory."
+            )
         if isinstance(stored, float):
             return stored
         self.run_dir.remember(noise_multiplier=sigma)
