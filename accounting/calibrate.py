@@ -183,6 +183,7 @@ def calibrate_noise_multiplier(
     count = check_count(steps, "steps", where=where)
     if count == 0:
         raise AccountingError(f"{where}: steps must be at least 1, got 0; nothing would be released.")
+    normalise([(SampledGaussian(1.0, rate), count)])  # refuses what no accountant can speak of
     budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
     # Larger noise is more private: search in the inverse. The guess is the Gaussian limit, right within a factor.
     guess = rate * math.sqrt(2 * count * -math.log(budget.delta)) / budget.target
@@ -234,6 +235,7 @@ def calibrate_sample_rate(
     count = check_count(steps, "steps", where=where)
     if count == 0:
         raise AccountingError(f"{where}: steps must be at least 1, got 0; nothing would be released.")
+    normalise([(SampledGaussian(1.0, 1.0), count)])  # refuses what no accountant can speak of
     budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
     guess = budget.target * sigma / math.sqrt(2 * count * -math.log(budget.delta))
     search = _Search(lambda x: budget.epsilon(sigma, min(1.0, math.exp(x)), count), budget.target)
@@ -274,12 +276,12 @@ def calibrate_steps(
     """
     where = "calibrate_steps"
     rate = check_sample_rate(sample_rate, where=where)
-    sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
+    sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), rate).noise_multiplier
     budget = _Budget(where, target_epsilon, delta, accountant, relation, history)
-    guess = (budget.target * sigma / rate) ** 2 / (2 * -math.log(budget.delta))
+    log_guess = 2 * (_log(budget.target) + math.log(sigma) - math.log(rate)) - _log(2 * -math.log(budget.delta))
     # Epsilon grows between the square root and the first power of the steps, mostly; the search does not rely on it.
     search = _Search(lambda x: budget.epsilon(sigma, rate, round(math.exp(x))), budget.target, whole=True)
-    good, bad = search.run(math.log(min(max(round(guess), 1), _MAX_STEPS)), 0.0, math.log(_MAX_STEPS), _adjacent)
+    good, bad = search.run(math.log(round(math.exp(min(max(log_guess, 0.0), math.log(_MAX_STEPS))))), 0.0, math.log(_MAX_STEPS), _adjacent)
     if math.isnan(good):
         one = budget.epsilon(sigma, rate, 1)
         raise budget.unreachable(f"one release already gives {one:.6g}", "raise the noise multiplier or the budget")

@@ -7,6 +7,7 @@ is made, and refused once the planned ones are used up. Epsilon is computed from
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ def open_ledger(ledger: PrivacyLedger | str | Path | None) -> PrivacyLedger:
     if ledger is None:
         return PrivacyLedger(None)
     path = Path(ledger)
-    return PrivacyLedger.open(path) if path.exists() else PrivacyLedger(path)
+    return PrivacyLedger.open(path) if os.path.exists(path) else PrivacyLedger(path)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +58,8 @@ def train(
     from dptrain.backend import preload
     from dptrain.trainer import train as run
 
-    directory = out or fresh_directory(config.stem, backend)
     preload(backend, loaded.performance)
+    directory = out or fresh_directory(config.stem, backend)
     try:
         with Display(loaded, backend, directory, quiet) as display:
             result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start, profile=measured)
@@ -78,7 +79,7 @@ def train(
 def fresh_directory(stem: str, backend: str) -> Path:
     """``runs/<config>-<backend>-<number>``, the first that does not exist."""
     number = 1
-    while (path := Path("runs") / f"{stem}-{backend}-{number}").exists():
+    while os.path.exists(path := Path("runs") / f"{stem}-{backend}-{number}"):  # says no to a name that is too long, and does not raise
         number += 1
     return path
 

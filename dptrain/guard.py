@@ -7,8 +7,8 @@ processes can spend the same budget (``docs/budget.md``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from accounting import AccountingError, PrivacyLedger, SampledGaussian, calibrate_steps, get_accountant
@@ -142,7 +142,7 @@ def open_shared(path: str | None, facts: Mapping[str, str | int], resumed: bool)
     """
     if path is None:
         return None
-    if resumed or Path(path).exists():
+    if resumed or os.path.exists(path):
         return PrivacyLedger.open(path, facts=facts)
     return PrivacyLedger(path, facts=facts)
 

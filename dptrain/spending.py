@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def spending(
     check_delta(delta, where="dptrain ledger show")
     if target is not None:
         check_epsilon(target, where="dptrain ledger show", name="target_epsilon")
-    ledger = PrivacyLedger.read(path / "ledger.jsonl" if path.is_dir() else path)
+    ledger = PrivacyLedger.read(path / "ledger.jsonl" if os.path.isdir(path) else path)
     kind = check_relation(relation or ledger.facts.get("relation", "add_remove"), where="dptrain ledger show")
     ledger.check_facts({"relation": kind.value})
     epsilon = {name: get_accountant(name, kind).epsilon(ledger.events, delta) for name in ACCOUNTANTS}

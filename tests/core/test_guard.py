@@ -362,3 +362,17 @@ def test_two_processes_at_once_spend_one_budget(tmp_path):
     assert shared(tmp_path).num_releases == 40 * codes.count(0)
     assert epsilon(shared(tmp_path).events) <= 1.0
     assert all("Traceback" not in error for error in errors)
+
+
+def test_names_that_are_too_long_are_one_sentence(tmp_path, monkeypatch, capsys):
+    long = "x" * 300
+    (tmp_path / "run.yaml").write_text(run(tmp_path, ledger=None).to_yaml())
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("train", "run.yaml", "--ledger", long), ("train", "run.yaml", "--out", long), ("train", "run.yaml", "--backend", long),
+        ("ledger", "show", long), ("ledger", "new", long, "--data", "x", "--num-examples", 1), ("certify", long), ("train", long + ".yaml"),
+    ):  # fmt: skip
+        code, _, err = command(monkeypatch, capsys, *words)
+        assert code == 2 and err.startswith("dptrain: error: ") and err.count("\n") == 1, words
+    with pytest.raises(LedgerError, match="File name too long"):
+        Budget(capped(3.0), Schedule.make(60, 6), tmp_path / long)
