@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install demo test test-slow lint format bench clean
+.PHONY: install demo test test-slow fuzz lint format bench clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Forty times the examples of the ordinary tests, and other ones every time; a few minutes.
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -364,6 +364,7 @@ def _check_sigma(noise_multiplier: float, where: str) -> float:
 
 def _noise(budget: _Budget, sample_rate: float, steps: int) -> float:
     rate, count = check_sample_rate(sample_rate, where=budget.where), _check_steps(steps, budget.where)
+    normalise([(SampledGaussian(1.0, rate), count)])  # refuses what no accountant can speak of
     # Larger noise is more private: search in the inverse. The guess is the Gaussian limit, right within a factor.
     guess = rate * math.sqrt(count) / budget.mu
     search = _Search(lambda x: budget.spent(math.exp(-x), rate, count), budget.target)
@@ -385,6 +386,7 @@ def _noise(budget: _Budget, sample_rate: float, steps: int) -> float:
 
 def _rate(budget: _Budget, noise_multiplier: float, steps: int) -> float:
     sigma, count = _check_sigma(noise_multiplier, budget.where), _check_steps(steps, budget.where)
+    normalise([(SampledGaussian(1.0, 1.0), count)])  # refuses what no accountant can speak of
     guess = budget.mu * sigma / math.sqrt(count)
     search = _Search(lambda x: budget.spent(sigma, min(1.0, math.exp(x)), count), budget.target)
     good, _ = search.run(math.log(min(max(guess, 1e-9), 1.0)), math.log(_MIN_RATE), 0.0, _close)
@@ -398,11 +400,13 @@ def _rate(budget: _Budget, noise_multiplier: float, steps: int) -> float:
 
 
 def _steps(budget: _Budget, sample_rate: float, noise_multiplier: float) -> int:
-    rate, sigma = check_sample_rate(sample_rate, where=budget.where), _check_sigma(noise_multiplier, budget.where)
-    guess = (budget.mu * sigma / rate) ** 2
+    rate = check_sample_rate(sample_rate, where=budget.where)
+    sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=budget.where), rate).noise_multiplier
+    log_guess = 2 * (_log(budget.mu) + math.log(sigma) - math.log(rate))
     # Epsilon grows between the square root and the first power of the steps, mostly; the search does not rely on it.
     search = _Search(lambda x: budget.spent(sigma, rate, round(math.exp(x))), budget.target, whole=True)
-    good, bad = search.run(math.log(min(max(round(guess), 1), _MAX_STEPS)), 0.0, math.log(_MAX_STEPS), _adjacent)
+    start = math.log(round(math.exp(min(max(log_guess, 0.0), math.log(_MAX_STEPS)))))
+    good, bad = search.run(start, 0.0, math.log(_MAX_STEPS), _adjacent)
     if math.isnan(good):
         one = budget.spent(sigma, rate, 1)
         raise budget.unreachable(f"one release already gives {one:.6g}", "raise the noise multiplier or the budget")

@@ -2,24 +2,26 @@
 
 After a crash the ledger may have counted a release that was never made; it never misses one that was. The file is JSON
 lines and only ever grows: a header, then `{"event": {...}, "count": n}` for a new event or a bare integer `n` for
-"n more of the same", so that a million steps take two megabytes and every write is one short append.
-
-The one exception: before the first event that format 1 does not know (any but `SampledGaussian`), the digit in the header becomes
-that of the newer format, so that an older dptrain refuses the file as a whole.
+"n more of the same", each with a seal (`ledger_format.py`), so that a million steps take eleven megabytes and every write is one
+short append. Runs that share a ledger say who they are with `{"run": name}` in front of what they release.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from accounting.errors import AccountingError, LedgerError, check_count
 from accounting.events import Event, SampledGaussian
 from accounting.kinds import event_from_dict
+from accounting.ledger_format import PLAIN, SEALED, Facts, check_facts, compare, header, parse_header, sealed, torn_header, unsealed
 
 try:
     import fcntl as _fcntl
@@ -28,10 +30,25 @@ except ImportError:  # pragma: no cover - a platform without advisory locks
 else:
     _flock = _fcntl
 
-# Format 1 holds only SampledGaussian, format 3 every kind of event. 2 was never used: a header that is one too high stays an error.
-_VERSION, _EXTENDED = 1, 3
-_HEADER_KEY = "dptrain_ledger"
-_HEADER, _EXTENDED_HEADER = (json.dumps({_HEADER_KEY: version}).encode() + b"\n" for version in (_VERSION, _EXTENDED))
+_MOST = 10**12  # releases in one line; no accountant speaks of more
+
+
+class _Disk(NamedTuple):
+    """What is known to be on disk; replaced as a whole, so that an interrupt cannot leave half of a change.
+
+    Args:
+      size: bytes of whole lines.
+      chain: of their seals; None in a file without seals.
+      event: of the last release.
+      writer: who made it.
+      pending: releases counted in memory whose append has not succeeded.
+    """
+
+    size: int = 0
+    chain: int | None = None
+    event: Event | None = None
+    writer: str | None = None
+    pending: tuple[tuple[Event, int], ...] = ()
 
 
 class PrivacyLedger:
@@ -40,6 +57,9 @@ class PrivacyLedger:
     Args:
       path: file to create and keep locked while open; None keeps the ledger in memory. An existing ledger is continued
         with `PrivacyLedger.open`, so that a forgotten file is never mistaken for a fresh budget.
+      facts: public facts that everybody who continues the file must agree on, such as the neighbouring relation (events are in units
+        of its sensitivity) and the number of examples.
+      run: who records from now on, where several share the file.
 
     Raises:
       LedgerError: if the file exists, cannot be created, or is locked by another process.
@@ -48,15 +68,16 @@ class PrivacyLedger:
       all the same. Over-counting is possible, under-counting is not.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, facts: Facts | None = None, run: str | None = None) -> None:
         self._runs: list[tuple[Event, int]] = []
+        self._totals: dict[Event, int] = {}
+        self._shares: dict[str | None, dict[Event, int]] = {}
         self._fd: int | None = None
         self._path: Path | None = None
-        self._dirty = False
-        self._pending: list[tuple[Event, int]] = []
-        self._written: Event | None = None
-        self._extended = False
+        self._disk = _Disk()
         self._closed = False
+        self._facts = check_facts(facts or {})
+        self.run = run
         self.warnings: tuple[str, ...] = ()
         if path is not None:
             self._path = _check_path(path)
@@ -77,7 +98,33 @@ class PrivacyLedger:
     @property
     def num_releases(self) -> int:
         """Number of releases counted."""
-        return sum(count for _, count in self._runs)
+        return sum(self._totals.values())
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """The facts in the header; empty for a ledger that states none."""
+        return dict(self._facts)
+
+    @property
+    def run_names(self) -> tuple[str | None, ...]:
+        """Who has recorded; None stands for whoever did not say."""
+        return tuple(self._shares)
+
+    def count(self, event: Event) -> int:
+        """Returns the number of releases of one event."""
+        return self._totals.get(event, 0)
+
+    def events_of(self, run: str | None) -> tuple[tuple[Event, int], ...]:
+        """Returns (event, count) pairs of what one run has recorded."""
+        return tuple(self._shares.get(run, {}).items())
+
+    def check_facts(self, facts: Facts) -> None:
+        """Refuse a user for whom the facts are others; facts that the header does not state are not compared.
+
+        Raises:
+          LedgerError: naming every difference.
+        """
+        compare(self._facts, {key: value for key, value in facts.items() if key in self._facts}, str(self._path))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> PrivacyLedger:
@@ -87,6 +134,8 @@ class PrivacyLedger:
         """
         path = _check_path(path)
         try:
+            if path.exists() and not path.is_file():  # a device or a pipe might never end
+                raise OSError(errno.EINVAL, "not a file")
             data = path.read_bytes()
         except OSError as error:
             raise LedgerError(f"ledger {path}: cannot be read ({error.strerror}); check the path.") from error
@@ -95,14 +144,19 @@ class PrivacyLedger:
         return ledger
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> PrivacyLedger:
+    def open(cls, path: str | os.PathLike[str], *, facts: Facts | None = None, run: str | None = None) -> PrivacyLedger:
         """Returns the ledger in `path`, locked and ready to continue.
 
+        Args:
+          path: the file.
+          facts: what its header must state, no more and no less; None takes any.
+          run: who records from now on, where several share the file.
+
         Raises:
-          LedgerError: if the file is missing, locked, damaged (with the line number), foreign or of a newer version;
-            nothing is written then.
+          LedgerError: if the file is missing, locked, damaged (with the line number), foreign, of a newer version or made with other
+            facts; nothing is written then.
         """
-        ledger = cls()
+        ledger = cls(facts=facts, run=run)
         ledger._path = path = _check_path(path)
         try:
             ledger._fd = os.open(path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
@@ -115,13 +169,17 @@ class PrivacyLedger:
             ledger._lock()
             data = _read_all(ledger._fd)
             keep, complete = ledger._load(data, str(path))
+            if facts is not None and keep:
+                compare(ledger._facts, facts, str(path), exactly=True)
             if keep < len(data):
                 os.ftruncate(ledger._fd, keep)
                 os.fsync(ledger._fd)
+            ledger._disk = ledger._disk._replace(size=keep)
             if keep == 0:
-                ledger._append(_HEADER)
+                ledger._start()
             elif not complete:
                 ledger._append(b"\n")
+                ledger._disk = ledger._disk._replace(size=keep + 1)
         except OSError as error:
             ledger.close()
             raise LedgerError(f"ledger {path}: cannot be repaired ({error.strerror}); free some space.") from error
@@ -132,42 +190,50 @@ class PrivacyLedger:
 
     def _load(self, data: bytes, name: str) -> tuple[int, bool]:
         """Fills the ledger from a file's bytes; returns (bytes to keep, whether they end in a newline)."""
-        if len(data) < len(_HEADER) and _HEADER.startswith(data):
-            # Creation was interrupted inside the header: nothing can have been recorded yet.
+        if torn_header(data):
             self.warnings += (f"ledger {name}: the header was incomplete; the ledger is empty.",)
             return 0, True
         lines = data.split(b"\n")
         tail = lines.pop()
         if not lines:
             raise LedgerError(f"ledger {name}: line 1 is not a dptrain ledger header; this is another kind of file.")
-        self._extended = _check_header(lines[0], name) == _EXTENDED
-        event: Event | None = None
+        version, self._facts = parse_header(lines[0], name)
+        self._disk = _Disk(chain=zlib.crc32(lines[0]) if version >= SEALED else None)
         for number, line in enumerate(lines[1:], start=2):
             try:
-                event, count = _parse(line, event, self._extended)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                if line.endswith(_TORN):
+                self._take(line)
+            except _MALFORMED as error:
+                if version == PLAIN and line.endswith(_TORN):
                     continue  # a failed append, closed by the process that saw it fail; it counted the release again
                 raise LedgerError(
                     f"ledger {name}: line {number} is damaged ({error}); restore the file from a copy, or account for"
                     " the run with the number of steps it was planned for."
                 ) from error
-            self._extend(event, count)
-        self._written = event
         if not tail:
             return len(data), True
         # No newline: `record` had not returned when the writer died, so the release did not happen. If the fragment
         # reads as a whole line we count it all the same (it may be the line without its newline): over-count, never
         # under-count. If it does not, it says nothing that could be counted, and keeping it would spoil the next line.
         try:
-            event, count = _parse(tail, event, self._extended)
-        except (ValueError, KeyError, TypeError, RecursionError):
+            self._take(tail)
+        except _MALFORMED:
             self.warnings += (f"ledger {name}: an incomplete last line ({len(tail)} bytes) was dropped.",)
             return len(data) - len(tail), True
-        self._extend(event, count)
-        self._written = event
         self.warnings += (f"ledger {name}: the last line had no newline and was counted.",)
         return len(data), False
+
+    def _take(self, line: bytes) -> None:
+        """Takes in one line of a file; raises one of _MALFORMED, and takes in nothing, if it is not one."""
+        disk = self._disk
+        if disk.chain is not None:
+            line, chain = unsealed(line, disk.chain)
+            disk = disk._replace(chain=chain)
+        if line.startswith(_RUN):
+            self._disk = disk._replace(writer=_parse_run(line))
+        else:
+            event, count = _parse(line, disk.event, extended=disk.chain is not None)
+            self._extend(event, count, disk.writer)
+            self._disk = disk._replace(event=event)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -185,60 +251,58 @@ class PrivacyLedger:
         if not isinstance(event, Event):
             raise AccountingError(f"PrivacyLedger.record: event must be an event such as SampledGaussian, got {event!r}.")
         count = check_count(count, "count", where="PrivacyLedger.record")
+        if count > _MOST:
+            raise AccountingError(f"PrivacyLedger.record: a count above {_MOST:g} cannot be accounted for; check it.")
         if self._closed:
             raise LedgerError(f"ledger {self._path}: is closed; continue it with PrivacyLedger.open(path).")
         if count == 0:
             return
-        self._extend(event, count)
+        if self._fd is not None and self._disk.chain is None and not isinstance(event, SampledGaussian):
+            raise LedgerError(
+                f"ledger {self._path}: has format 1, which holds releases on Poisson samples alone; do not release: begin a new ledger,"
+                " with what this one holds recorded first."
+            )
+        self._extend(event, count, self.run)
         if self._path is None:
             return
         if self._fd is None:
             raise LedgerError(f"ledger {self._path}: is not open for writing; use PrivacyLedger.open(path).")
-        if event == self._written and not self._dirty:
-            line: str = str(count)
-        else:
-            line = json.dumps({"event": event.to_dict(), "count": count})
-        payload = line.encode() + b"\n"
-        if self._dirty:
-            # The last append failed and may have left a fragment: close it with a mark that the loader knows, so that
-            # it neither glues to this line nor passes for a line of its own. What it counted is written out again.
-            payload = _TORN + b"\n" + self._unwritten() + payload
+        disk = self._disk
+        self._disk = disk = disk._replace(pending=(*disk.pending, (event, count)))
         try:
-            if not self._extended and any(not isinstance(e, SampledGaussian) for e, _ in [*self._pending, (event, count)]):
-                self._extend_format()
+            if len(disk.pending) > 1:  # the last append failed, or was interrupted, and may have left a fragment
+                os.ftruncate(self._fd, disk.size)
+            payload, chain = self._lines()
             self._append(payload)
         except OSError as error:
-            self._dirty = True
-            self._pending.append((event, count))
             raise LedgerError(
                 f"ledger {self._path}: the release could not be written ({error.strerror}); do not release: free disk"
                 " space or fix the permissions, then record again (it stays counted)."
             ) from error
-        self._dirty = False
-        self._pending = []
-        self._written = event
+        self._disk = _Disk(disk.size + len(payload), chain, event, self.run)
 
-    def _unwritten(self) -> bytes:
-        """Returns the lines of releases counted in memory whose append failed."""
-        lines = (json.dumps({"event": e.to_dict(), "count": n}) for e, n in self._pending)
-        return b"".join(line.encode() + b"\n" for line in lines)
+    def _lines(self) -> tuple[bytes, int | None]:
+        """Returns the lines of all pending releases, and the chain after them."""
+        disk = self._disk
+        found: list[bytes] = []
+        if disk.writer != self.run:
+            found.append(json.dumps({"run": self.run}).encode())
+        written = disk.event
+        for event, count in disk.pending:
+            text = str(count) if event == written else json.dumps({"event": event.to_dict(), "count": count})
+            found.append(text.encode())
+            written = event
+        if disk.chain is None:
+            return b"".join(line + b"\n" for line in found), None
+        chain = disk.chain
+        for index, line in enumerate(found):
+            found[index], chain = sealed(line, chain)
+        return b"".join(found), chain
 
-    def _extend_format(self) -> None:
-        """Changes the header, of the same length, to the format that holds every kind; raises OSError if it did not reach the disk."""
-        assert self._path is not None and self._fd is not None
-        # A descriptor opened for appending would write at the end. The file must be the locked one, even if another has its name now.
-        fd = os.open(self._path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
-        try:
-            if not os.path.sameopenfile(fd, self._fd):
-                raise OSError(116, "the file was replaced")
-            if os.write(fd, _EXTENDED_HEADER) != len(_EXTENDED_HEADER):
-                raise OSError(28, "only part of the header was written")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        self._extended = True
-
-    def _extend(self, event: Event, count: int) -> None:
+    def _extend(self, event: Event, count: int, run: str | None) -> None:
+        share = self._shares.setdefault(run, {})
+        share[event] = share.get(event, 0) + count
+        self._totals[event] = self._totals.get(event, 0) + count
         if self._runs and self._runs[-1][0] == event:
             self._runs[-1] = (event, self._runs[-1][1] + count)
         elif count:
@@ -247,13 +311,26 @@ class PrivacyLedger:
     def _append(self, payload: bytes) -> None:
         """Writes with one system call and waits for the disk; raises OSError if any of it did not get there."""
         assert self._fd is not None
+        mine = os.fstat(self._fd)
+        with suppress(FileNotFoundError):  # moved, perhaps with its directory: it is still there
+            if self._path is not None and not os.path.samestat(mine, os.stat(self._path)):
+                raise OSError(errno.ESTALE, "the file was removed or replaced")
+        if mine.st_nlink == 0:  # written to a file without a name, a release would be forgotten
+            raise OSError(errno.ENOENT, "the file was removed or replaced")
         written = os.write(self._fd, payload)
         if written != len(payload):
-            raise OSError(28, "only part of the line was written")
+            raise OSError(errno.ENOSPC, "only part of the line was written")
         os.fsync(self._fd)
+
+    def _start(self) -> None:
+        """Writes the header."""
+        line = header(self._facts)
+        self._append(line)
+        self._disk = _Disk(len(line), zlib.crc32(line[:-1]))
 
     def _create(self) -> None:
         assert self._path is not None
+        header(self._facts)  # refuses what does not fit before the file exists
         try:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
             self._fd = os.open(self._path, flags, 0o644)
@@ -265,7 +342,9 @@ class PrivacyLedger:
             raise LedgerError(f"ledger {self._path}: cannot be created ({error.strerror}); choose a writable directory.") from error
         try:
             self._lock()
-            self._append(_HEADER)
+            if os.fstat(self._fd).st_size:  # another process was quicker to open it
+                raise LedgerError(f"ledger {self._path}: already exists; continue it with PrivacyLedger.open(path).")
+            self._start()
             # Without this the file itself could vanish with the machine, and with it everything spent.
             directory = os.open(self._path.parent, os.O_RDONLY)
             try:
@@ -275,19 +354,26 @@ class PrivacyLedger:
         except OSError as error:
             self.close()
             raise LedgerError(f"ledger {self._path}: cannot be written ({error.strerror}); free some space.") from error
+        except BaseException:
+            self.close()
+            raise
 
     def _lock(self) -> None:
-        if _flock is None:  # pragma: no cover - a platform without advisory locks
-            return
+        """Locks the open file, and makes sure that it is the one the path names."""
         assert self._fd is not None
-        try:
-            _flock.flock(self._fd, _flock.LOCK_EX | _flock.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise LedgerError(
-                f"ledger {self._path}: another process (or another ledger object) holds it open for writing; close that"
-                " one first, or use PrivacyLedger.read(path) to look at it."
-            ) from None
+        if _flock is not None:
+            try:
+                _flock.flock(self._fd, _flock.LOCK_EX | _flock.LOCK_NB)
+            except BlockingIOError:
+                raise LedgerError(
+                    f"ledger {self._path}: another process (or another ledger object) holds it open for writing; close that"
+                    " one first, or use PrivacyLedger.read(path) to look at it."
+                ) from None
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise LedgerError(f"ledger {self._path}: is not a file; releases recorded there would be lost. Choose another path.")
+        if found.st_nlink == 0:
+            raise LedgerError(f"ledger {self._path}: was removed or replaced while it was opened; try again.")
 
     # -- closing ------------------------------------------------------------------------------------------------------
 
@@ -312,12 +398,14 @@ class PrivacyLedger:
         return f"PrivacyLedger(path={str(self._path) if self._path else None!r}, num_releases={self.num_releases})"
 
 
-# Ends a line that a failed append left behind. Not JSON, and no event line contains it.
+# Ends a line that a failed append left behind in a file of format 1. Not JSON, and no event line contains it.
 _TORN = b"#torn"
+_RUN = b'{"run":'
+_MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
 
 
 def _check_path(path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
         raise LedgerError(f"ledger: path must be a file name, got {path!r}; pass a str or a Path.")
     return Path(path)
 
@@ -336,23 +424,16 @@ def _json(line: bytes) -> Any:
     return json.loads(line.decode("utf-8"), parse_constant=refuse)
 
 
-def _check_header(line: bytes, name: str) -> int:
-    """Returns the format that the header announces; raises LedgerError if it is not one that is known."""
-    try:
-        header = _json(line)
-    except (ValueError, RecursionError):
-        header = None
-    version = header.get(_HEADER_KEY) if isinstance(header, dict) else None
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise LedgerError(f"ledger {name}: line 1 is not a dptrain ledger header; this is another kind of file.")
-    if version not in (_VERSION, _EXTENDED):
-        raise LedgerError(
-            f"ledger {name}: line 1 announces format {version}, this dptrain knows {_VERSION} and {_EXTENDED}; upgrade dptrain."
-        )
-    return version
+def _parse_run(line: bytes) -> str | None:
+    """Returns the run that a line names; raises ValueError or TypeError if it is not such a line."""
+    value = _json(line)
+    if set(value) != {"run"} or not isinstance(value["run"], str | None):
+        raise ValueError("unknown fields")
+    name: str | None = value["run"]
+    return name
 
 
-def _parse(line: bytes, previous: Event | None, extended: bool) -> tuple[Event, int]:
+def _parse(line: bytes, previous: Event | None, *, extended: bool) -> tuple[Event, int]:
     """Returns the (event, count) a line stands for; raises ValueError, KeyError or TypeError if it is not one."""
     value = _json(line)
     if isinstance(value, dict):
@@ -366,4 +447,6 @@ def _parse(line: bytes, previous: Event | None, extended: bool) -> tuple[Event, 
         raise ValueError("a repetition without an event")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError("a count that is not a positive integer")
+    if count > _MOST:
+        raise ValueError("a count beyond any run")
     return event, count

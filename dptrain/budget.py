@@ -7,6 +7,7 @@ is made, and refused once the planned ones are used up. Epsilon is computed from
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from accounting import Event, NeighboringRelation, PrivacyLedger, SampledGaussian, calibrate_noise_multiplier, get_accountant
 from dptrain.config import Privacy
 from dptrain.errors import ConfigError, DptrainError, RunError
+from dptrain.guard import MOST, Guard, refuse_overplanning, spent
 from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for
 
 SamplingKind = Literal["poisson", "shuffle"]
@@ -32,7 +34,7 @@ def open_ledger(ledger: PrivacyLedger | str | Path | None) -> PrivacyLedger:
     if ledger is None:
         return PrivacyLedger(None)
     path = Path(ledger)
-    return PrivacyLedger.open(path) if path.exists() else PrivacyLedger(path)
+    return PrivacyLedger.open(path) if os.path.exists(path) else PrivacyLedger(path)
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,10 @@ class Budget:
             privacy = privacy.model_copy(update={"relation": NeighboringRelation.zero_out})
         if privacy.target_epsilon is None and privacy.noise_multiplier is None:
             raise ConfigError("Give target_epsilon or noise_multiplier, or choose the strategy non_private.")
-        if privacy.target_epsilon is not None and schedule.num_releases is None:
+        if privacy.noise_multiplier is None and schedule.num_releases is None:
             raise ConfigError("target_epsilon needs the number of steps to calibrate the noise: give epochs or steps.")
         self.privacy, self.schedule, self.ledger = privacy, schedule, open_ledger(ledger)
+        self.ledger.check_facts({"relation": privacy.relation.value, "num_examples": schedule.num_examples})
         self.steps = self.releases = 0  # begun and to be recorded in this session
         self._in_pass: int | None = None  # steps since the last release; None where the next step needs one
         self._observed = False  # whether passes announce themselves
@@ -157,7 +160,10 @@ class Budget:
             )  # fmt: skip
         # What a release is recorded as; refuses what no accountant can speak of.
         self.event = SampledGaussian(event_noise_multiplier(self.noise_multiplier, privacy.noise), schedule.sample_rate)
-        self._before = self._held()
+        planned = schedule.num_releases
+        if privacy.noise_multiplier is not None and planned is not None:
+            refuse_overplanning(privacy, self.ledger, self.event, planned)
+        self._guard = Guard(privacy, self.ledger, self.event, MOST if planned is None else planned, calibrated=planned is not None)
 
     @property
     def mechanism(self) -> GaussianMechanism:
@@ -201,24 +207,23 @@ class Budget:
         return held
 
     def _refuse_overspending(self) -> None:
-        """Refuse a release beyond ``target_epsilon`` where the ledger holds other releases than those that the noise was calibrated for.
+        """Refuse a release beyond ``target_epsilon``.
 
         Raises:
             BudgetError: it would pass the target.
         """
-        privacy, target = self.privacy, self.privacy.target_epsilon
-        held = self._held()
-        same, before = held.pop(self.event, 0), dict(self._before)
-        # Releases of this kind are within the calibration whoever made them, as long as there are no more than were begun here.
-        if target is None or (same <= before.pop(self.event, 0) + self.releases and held == before):
+        if self._guard.ask():
             return
-        accountant = get_accountant(privacy.accountant, privacy.relation)
-        spent = accountant.epsilon([*self.ledger.events, (self.event, 1)], privacy.target_delta)
-        if spent > target:
-            raise BudgetError(
-                f"One more release would spend epsilon {spent:.6g}, above target_epsilon {target:.6g}: the ledger has grown since the "
-                "noise was calibrated; make a new engine on this ledger."
-            )
+        privacy = self.privacy
+        grown = (
+            ": the ledger has grown since the noise was calibrated; make a new engine on this ledger."
+            if privacy.noise_multiplier is None
+            else "."
+        )
+        raise BudgetError(
+            f"One more release would spend epsilon {spent(privacy, self.ledger, self.event, 1):.6g}, above target_epsilon "
+            f"{privacy.target_epsilon:.6g}{grown}"
+        )
 
     def new_pass(self, observed: bool) -> None:
         """A pass over shuffled data begins, or ends: what follows is another release, however short the last pass was.

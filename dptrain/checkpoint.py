@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ def atomic_write(path: Path, data: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(
             f"{path} cannot be written ({error.strerror or error}); free some space or choose another --out directory."
         ) from None
@@ -55,6 +58,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     atomic_write(path, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
 
 
+def refuse_devices(path: Path) -> None:
+    """Refuse what might never end, such as a pipe.
+
+    Raises:
+        OSError: it exists and is not a file.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -62,6 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: missing or malformed.
     """
     try:
+        refuse_devices(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as JSON ({error}); restore it or start in another --out directory.") from None
@@ -101,6 +115,7 @@ def load_arrays(path: Path, own: bool = False) -> tuple[dict[str, np.ndarray], d
     from safetensors import SafetensorError, safe_open
 
     try:
+        refuse_devices(path)
         with safe_open(str(path), framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
@@ -145,7 +160,7 @@ class Checkpoint:
             RunError: unreadable, of another format, or of another run.
         """
         arrays, metadata = load_arrays(path, own=True)
-        if metadata.get("format") != FORMAT or not metadata.get("step", "").isdigit():
+        if metadata.get("format") != FORMAT or not re.fullmatch("[0-9]{1,15}", metadata.get("step", "")):
             raise RunError(f"{path} is not a dptrain checkpoint of format {FORMAT}; start in another --out directory.")
         if any(metadata.get(key) != value for key, value in run.items()):
             raise RunError(f"{path} belongs to another run; start in another --out directory.")
@@ -155,4 +170,31 @@ class Checkpoint:
             if part not in parts:
                 raise RunError(f"{path} holds an unknown entry {name!r}; restore it or start in another --out directory.")
             parts[part][rest] = value
+        wrong = [name for name, value in parts["bounds"].items() if value.shape != () or not np.isfinite(value) or value < 0]
+        if wrong:
+            raise RunError(f"{path} holds no finite number as {', '.join(wrong)}; restore it or start in another --out directory.")
         return cls(int(metadata["step"]), parts["weights"], parts["optimizer"], parts["bounds"])
+
+    def refuse_misfit(self, weights: Mapping[str, np.ndarray], path: Path) -> None:
+        """Refuse weights that are not those of the model, or from which no training can go on, and the optimizer's state likewise.
+
+        Args:
+            weights: those of the model, fresh.
+            path: the file, for the message.
+        Raises:
+            RunError: names, shapes, types or values are wrong.
+        """
+        found = {name: (value.dtype, value.shape) for name, value in self.weights.items()}
+        wanted = {name: (value.dtype, value.shape) for name, value in weights.items()}
+        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        if wrong:
+            raise RunError(f"{path} does not fit the model, see {wrong[0]!r}; restore it or start in another --out directory.")
+        sizes = {1, *(value.size for value in weights.values())}
+        for name, value in [*self.weights.items(), *self.optimizer.items()]:
+            if np.issubdtype(value.dtype, np.inexact) and not np.isfinite(value).all():
+                raise RunError(
+                    f"{path} holds values that are not finite in {name!r}: the training has diverged, or the file is damaged; start in "
+                    "another --out directory, with a lower learning rate."
+                )
+        if any(value.size not in sizes for value in self.optimizer.values()):
+            raise RunError(f"{path} holds an optimizer state that does not fit the model; restore it or start in another --out directory.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,7 @@ def train(
     set_: Overrides = [],  # noqa: B006 - typer reads the default
     out: Annotated[Path | None, typer.Option(help="Run directory; resumes an unfinished run of the same config.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    ledger: Annotated[Path | None, typer.Option("--ledger", help="File shared by all runs on this data; sets privacy.ledger.")] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a step goes; sets performance.compile=false, so steps take longer.")
     ] = False,
@@ -50,13 +52,14 @@ def train(
     from dptrain.profiling import Profile
     from dptrain.progress import Display
 
-    loaded = TrainConfig.load(config, [*set_, "performance.compile=false"] if profile else set_)
+    added = [f"privacy.ledger={json.dumps(str(ledger))}"] if ledger is not None else []
+    loaded = TrainConfig.load(config, [*set_, *added, *(["performance.compile=false"] if profile else [])])
     measured = Profile() if profile else None
     from dptrain.backend import preload
     from dptrain.trainer import train as run
 
-    directory = out or fresh_directory(config.stem, backend)
     preload(backend, loaded.performance)
+    directory = out or fresh_directory(config.stem, backend)
     try:
         with Display(loaded, backend, directory, quiet) as display:
             result = run(loaded, backend, out=directory, progress=display.update, on_start=display.start, profile=measured)
@@ -76,7 +79,7 @@ def train(
 def fresh_directory(stem: str, backend: str) -> Path:
     """``runs/<config>-<backend>-<number>``, the first that does not exist."""
     number = 1
-    while (path := Path("runs") / f"{stem}-{backend}-{number}").exists():
+    while os.path.exists(path := Path("runs") / f"{stem}-{backend}-{number}"):  # says no to a name that is too long, and does not raise
         number += 1
     return path
 
@@ -345,6 +348,48 @@ def certify(
     ]
     lines += [f"certified accuracy at L2 radius {r:g}: {value:.4f}" for r, value in found.accuracy.items() if r]
     emit(values, "\n".join(lines), as_json)
+
+
+ledgers = typer.Typer(help="Ledgers: what was spent, and files that several runs share.", no_args_is_help=True)
+app.add_typer(ledgers, name="ledger")
+LedgerPath = Annotated[Path, typer.Argument(help="A ledger file, or the directory of a run.")]
+
+
+@ledgers.command("show")
+def show_ledger(
+    path: LedgerPath,
+    delta: Delta = 1e-5,
+    target_epsilon: Annotated[float | None, typer.Option("--target-epsilon", help="Budget, to say what is left of it.")] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option("--noise-multiplier", help="With a target: how many such steps are left.")
+    ] = None,
+    sample_rate: Annotated[float | None, typer.Option("--sample-rate", help="Of these steps.")] = None,
+    relation: Annotated[str | None, typer.Option(help="Where the ledger does not state it; by default add_remove.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What was spent, by every accountant, and what is left of a target; takes no lock."""
+    from dptrain.spending import spending
+
+    found = spending(path, delta, target_epsilon, noise_multiplier, sample_rate, relation)
+    emit(found.values(), str(found), as_json)
+
+
+@ledgers.command("new")
+def new_ledger(
+    path: Annotated[Path, typer.Argument(help="The file to make.")],
+    data: Annotated[str, typer.Option(help="Name of the data set, as in the config's data.name.")],
+    num_examples: Annotated[int, typer.Option("--num-examples", help="Training examples, a public constant.")],
+    relation: Relation = "add_remove",
+) -> None:
+    """Make the shared ledger of a data set; the first run with privacy.ledger makes one, too."""
+    from accounting import PrivacyLedger
+    from accounting.accountant import check_relation
+    from accounting.errors import check_count
+
+    check_count(num_examples, "num_examples", where="dptrain ledger new")
+    facts = {"relation": check_relation(relation, where="dptrain ledger new").value, "num_examples": num_examples, "data": data}
+    PrivacyLedger(path, facts=facts).close()
+    typer.echo(f"{path} is an empty ledger for {num_examples} examples of {data}, relation {relation}")
 
 
 @app.command()

@@ -38,7 +38,7 @@ NAMED_PARTS = ("model", "data", "strategy", "optimizer", "loss")  # ``strategy: 
 
 
 LATER_SETTINGS = (
-    ("privacy", "noise_weights"), ("privacy", "noise"),
+    ("privacy", "noise_weights"), ("privacy", "noise"), ("privacy", "ledger"),
     ("performance", "check_bounds"), ("performance", "monitors"), ("performance", "prefer"),
 )  # fmt: skip
 
@@ -70,10 +70,10 @@ class DataConfig(Part):
 
 
 class Privacy(Part):
-    """The promise. Give ``target_epsilon`` or ``noise_multiplier``, not both.
+    """The promise. Give ``target_epsilon`` or ``noise_multiplier``; with both, the noise is as given and the target is a cap.
 
     Args:
-        target_epsilon: budget; the noise multiplier is calibrated to it.
+        target_epsilon: budget, which no step may pass; without ``noise_multiplier``, the noise is calibrated to it.
         noise_multiplier: sigma, standard deviation of the noise over the sensitivity of the joint release.
         target_delta: delta at which epsilon is stated.
         accountant: ``prv`` or ``rdp``.
@@ -82,6 +82,7 @@ class Privacy(Part):
         noise_weights: group name or pattern -> factor of its share of the noise; sigma stays what it is.
         noise: ``fast``: floating-point numbers; ``secure``: a lattice, out of reach of attacks on floating-point noise (docs/noise.md).
         unsafe_seed: makes sampling and noise reproducible, and the guarantee void against anyone who knows it.
+        ledger: file that all runs on the same data share; what it holds counts against ``target_epsilon``.
     """
 
     target_epsilon: Positive | None = None
@@ -93,12 +94,7 @@ class Privacy(Part):
     noise_weights: Mapping[str, Positive] = Field(default_factory=dict)
     noise: NoiseKind = "fast"
     unsafe_seed: NonNegativeInt | None = None
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Privacy:
-        if self.target_epsilon is not None and self.noise_multiplier is not None:
-            raise ValueError("target_epsilon and noise_multiplier are both given; give one, the other follows from it")
-        return self
+    ledger: str | None = None
 
 
 class Sampling(Part):

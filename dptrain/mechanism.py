@@ -178,6 +178,8 @@ def event_noise_multiplier(noise_multiplier: float, noise: NoiseKind = "fast") -
     claimed = noise_multiplier / (1.0 + FLOAT_MARGIN)
     if noise == "secure":
         claimed /= 1.0 + _lattice_share(claimed)
+    if claimed < 1e-200:  # the power below would overflow; no accountant speaks of so little noise
+        return claimed
     scale = 10.0 ** (11 - math.floor(math.log10(claimed)))
     return math.floor(claimed * scale * (1.0 - 1e-13)) / scale
 

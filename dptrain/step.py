@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accounting import PrivacyLedger, SampledGaussian
+from accounting import SampledGaussian
 from dptrain import profiling
 from dptrain.backend import Backend
+from dptrain.guard import Recorder
 from dptrain.inforce import PlanInForce
 from dptrain.mechanism import NoiseKind
 from dptrain.plan import Plan
@@ -48,7 +49,7 @@ class Release:
     stds: Mapping[str, float]
     event: SampledGaussian
     noise_key: RandomKey
-    ledger: PrivacyLedger
+    ledger: Recorder
     recorded: int = 0
     noise: NoiseKind = "fast"
 

@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from accounting import AccountingError, SampledGaussian, calibrate_noise_multiplier, get_accountant
+from accounting import PrivacyLedger, SampledGaussian, calibrate_noise_multiplier, get_accountant
 from dptrain.checkpoint import Checkpoint, atomic_write, save_arrays, write_json
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.errors import ConfigError, RunError
+from dptrain.guard import Guard, Records, data_facts, open_shared, refuse_overplanning, refuse_unbounded
 from dptrain.inforce import PlanInForce
 from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for, release_event
 from dptrain.plan import Plan
 from dptrain.profiling import Profile
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
 from dptrain.report import COMPLETE, INTERRUPTED, privacy_statement, run_facts
-from dptrain.rundir import RunDirectory
+from dptrain.rundir import RunDirectory, begun
 from dptrain.sampling import PoissonSampler
 from dptrain.setup import Setup, check_bounds, prepare
 from dptrain.step import Release, TrainingStep
@@ -80,21 +81,29 @@ class TrainResult:
         return None if value is None else float(value)
 
 
-def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int) -> float:
+def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int, history: PrivacyLedger | None = None) -> float:
     """The given noise multiplier, or the one calibrated to the target, before rounding is paid for.
 
+    Args:
+        config: the run.
+        sample_rate: q.
+        num_steps: planned releases.
+        history: what others have released from the same data.
     Raises:
-        AccountingError: the budget cannot be reached, or noise or sample rate are beyond what can be accounted for.
+        AccountingError: the budget cannot be reached, or does not cover the planned steps with the given noise, or noise or sample rate are
+            beyond what can be accounted for.
     """
-    privacy = config.privacy
+    privacy, before = config.privacy, history or PrivacyLedger(None)
     if privacy.noise_multiplier is not None:
         # Refuses what no accountant can speak of.
-        SampledGaussian(event_noise_multiplier(privacy.noise_multiplier, privacy.noise), sample_rate)
+        event = SampledGaussian(event_noise_multiplier(privacy.noise_multiplier, privacy.noise), sample_rate)
+        refuse_overplanning(privacy, before, event, num_steps)
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
     claimed = calibrate_noise_multiplier(
-        privacy.target_epsilon, privacy.target_delta, sample_rate, num_steps, accountant=privacy.accountant, relation=privacy.relation
-    )
+        privacy.target_epsilon, privacy.target_delta, sample_rate, num_steps,
+        accountant=privacy.accountant, relation=privacy.relation, history=before.events,
+    )  # fmt: skip
     return noise_multiplier_for(claimed, privacy.noise)
 
 
@@ -131,22 +140,28 @@ def train(
     setup = prepare(config, backend, data, model)
     if profile is not None and setup.backend.compiles:
         raise ConfigError("A profile needs steps whose parts can be told apart; set performance.compile to false.")
-    # Before the directory exists, so that a budget out of reach leaves nothing behind.
-    sigma = noise_multiplier(config, setup.sample_rate, setup.num_steps) if setup.plan.private else None
     facts = {"num_examples": len(setup.data.x_train), "num_steps": setup.num_steps, "sample_rate": setup.sample_rate}
+    about = data_facts(config.privacy, len(setup.data.x_train), setup.data.name)
+    if not setup.plan.private:
+        refuse_unbounded(config.privacy)
+    stored, sigma = begun(out), None
     measuring = profile.running(setup.backend.synchronize) if profile is not None else nullcontext()
-    with RunDirectory(out, config, backend, facts) as run, interruptible() as stop, measuring:
-        return Loop(setup, run, stop, sigma).run(progress, on_start)
+    with open_shared(config.privacy.ledger, about, bool(stored)) or nullcontext() as shared:
+        if setup.plan.private:  # before the directory exists, so that a budget out of reach leaves nothing behind
+            sigma = stored.get("noise_multiplier") or noise_multiplier(config, setup.sample_rate, setup.num_steps, shared)
+        with RunDirectory(out, config, backend, facts, about) as run, interruptible() as stop, measuring:
+            return Loop(setup, run, stop, sigma, Records(run.ledger, shared, run.run)).run(progress, on_start)
 
 
 class Loop:
     """The loop of one run, from a fresh start or from a checkpoint."""
 
-    def __init__(self, setup: Setup, run: RunDirectory, stop: threading.Event, sigma: float | None) -> None:
-        self.setup, self.run_dir, self.stop = setup, run, stop
+    def __init__(self, setup: Setup, run: RunDirectory, stop: threading.Event, sigma: float | None, records: Records) -> None:
+        self.setup, self.run_dir, self.stop, self.records = setup, run, stop, records
         self.config, self.backend, self.ledger = setup.config, setup.backend, run.ledger
         self.stds: dict[str, float] | None = None
         self.in_force: PlanInForce | None = None
+        self.guard: Guard | None = None
         self.bounds: dict[str, np.ndarray] = {}
         self.used: dict[str, float] = {}  # group -> part of its bound that the last sum used, NOT private
         self.optimizer = self.backend.build_optimizer(self.config.optimizer, setup.model)
@@ -170,8 +185,17 @@ class Loop:
         checkpoint = self.run_dir.load_checkpoint()
         if checkpoint is None:
             return 0
+        assert self.run_dir.path is not None
+        file = self.run_dir.path / "checkpoint.safetensors"
+        checkpoint.refuse_misfit(self.backend.get_weights(self.setup.model), file)
+        if checkpoint.step > self.setup.num_steps:
+            raise RunError(f"{file} holds {checkpoint.step} steps of a run of {self.setup.num_steps}; start in another --out directory.")
         self.backend.set_weights(self.setup.model, checkpoint.weights)
-        self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
+        try:
+            self.backend.set_optimizer_state(self.optimizer, self.setup.model, checkpoint.optimizer)
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{file} holds a state that is not of this optimizer ({reason}); start in another --out directory.") from None
         self.bounds = checkpoint.bounds
         return checkpoint.step
 
@@ -183,7 +207,12 @@ class Loop:
 
     def _sigma(self, sigma: float) -> float:
         """The noise multiplier that this run began with, or the one given, which is then remembered."""
-        stored = self.run_dir.record.get("noise_multiplier")
+        stored, given = self.run_dir.record.get("noise_multiplier"), self.config.privacy.noise_multiplier
+        if (stored is None and self.ledger.num_releases) or (None not in (stored, given) and stored != given):
+            raise RunError(
+                f"The run.json of {self.run_dir.path} does not hold the noise_multiplier that the run began with (found {stored!r}); "
+                "restore it or start in another --out directory."
+            )
         if isinstance(stored, float):
             return stored
         self.run_dir.remember(noise_multiplier=sigma)
@@ -212,34 +241,37 @@ class Loop:
             )
         self.stds = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights).stds(setup.plan, privacy.relation)
         event = release_event(setup.plan, self.stds, setup.sample_rate, privacy.relation, privacy.noise)
-        if privacy.target_epsilon is not None:
-            accountant = get_accountant(privacy.accountant, privacy.relation)
-            remaining = max(0, setup.num_steps - self.ledger.num_releases)
-            planned = accountant.epsilon([*self.ledger.events, (event, remaining)], privacy.target_delta)
-            if planned > privacy.target_epsilon:
-                raise AccountingError(
-                    f"The planned releases would spend epsilon {planned:.6g}, above target_epsilon {privacy.target_epsilon:.6g}; "
-                    "lower the steps or raise the target."
-                )
+        remaining = max(0, setup.num_steps - self.ledger.num_releases)
+        self.guard = Guard(privacy, self.records.budget, event, remaining)
+        if not self.ledger.num_releases and self.guard.room < remaining:
+            refuse_overplanning(privacy, self.records.budget, event, remaining)
         # With an unsafe_seed the steps between checkpoint and ledger release the same bits again, so they are not counted twice.
         recorded = self.ledger.num_releases if seed is not None else 0
-        return Release(self.stds, event, RandomKey.make(NOISE, seed), self.ledger, recorded, privacy.noise)
+        return Release(self.stds, event, RandomKey.make(NOISE, seed), self.records, recorded, privacy.noise)
 
     def steps(self) -> range:
-        """The steps to run: what the ledger leaves of the plan; a killed run that lost weights does not get its releases back."""
-        if self.setup.plan.private and self.config.privacy.unsafe_seed is None:
-            remaining = max(0, self.setup.num_steps - self.ledger.num_releases)
-            return range(self.start, min(self.setup.num_steps, self.start + remaining))
-        return range(self.start, self.setup.num_steps)
+        """The steps to run: what ledger and budget leave of the plan; a killed run that lost weights does not get its releases back."""
+        if self.guard is None:
+            return range(self.start, self.setup.num_steps)
+        free = self._replayed() - self.start
+        return range(self.start, min(self.setup.num_steps, self.start + free + self.guard.room))
+
+    def _replayed(self) -> int:
+        """The first step that is not a repetition of one in the ledger; only with an ``unsafe_seed`` are there any."""
+        return max(self.start, self.ledger.num_releases) if self.config.privacy.unsafe_seed is not None else self.start
 
     def run(self, progress: Callable[[Progress], None] | None, on_start: Callable[..., None] | None) -> TrainResult:
         """Run the remaining steps."""
         setup, performance = self.setup, self.config.performance
         steps, done, seconds = self.steps(), self.start, 0.0
+        replayed = self._replayed()
         if on_start:
             on_start(setup, self.stds, self.start)
         meter = EpsilonMeter(self.config, self.ledger)
         for t in steps:
+            if self.guard is not None and t >= replayed and not self.guard.ask():
+                steps = range(self.start, t)  # the ledger holds more than it did when the steps were counted
+                break
             begin = time.perf_counter()
             stats = self.step(t)
             self.backend.synchronize()
@@ -282,7 +314,8 @@ class Loop:
         plan = self.in_force.plan if self.in_force else setup.plan
         if self.config.performance.check_bounds:
             check_bounds(setup, plan)
-        statement = privacy_statement(self.config, self.ledger.events, self._facts(), COMPLETE if complete else INTERRUPTED)
+        status, total = COMPLETE if complete else INTERRUPTED, self.records.total(self.config.privacy)
+        statement = privacy_statement(self.config, self.ledger.events, self._facts(), status, total)
         if out is not None:
             self.run_dir.log(step=step, private=False, final=complete, **{f"test_{k}": v for k, v in metrics.items()})
             weights = self.backend.get_weights(setup.model)

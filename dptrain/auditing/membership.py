@@ -21,6 +21,7 @@ from dptrain.checkpoint import load_arrays
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.errors import ConfigError, RunError
+from dptrain.guard import Records
 from dptrain.losses import LOSSES
 from dptrain.rundir import RunDirectory, read_json
 from dptrain.setup import prepare
@@ -232,7 +233,7 @@ def shadow_losses(config: TrainConfig, backend: str, data: Dataset, sigma: Any, 
     if given is None and setup.plan.private:
         given = noise_multiplier(config, setup.sample_rate, setup.num_steps)
     with RunDirectory(None, config, backend, {}) as nowhere:
-        Loop(setup, nowhere, threading.Event(), given).run(None, None)
+        Loop(setup, nowhere, threading.Event(), given, Records(nowhere.ledger)).run(None, None)
     return setup.backend.losses(setup.model, setup.loss, x, y)
 
 

@@ -25,6 +25,7 @@ from dptrain.auditing import pool
 from dptrain.auditing.bounds import Array, Guesses, guess
 from dptrain.auditing.watch import Watch, owner_parameters
 from dptrain.backend import Backend
+from dptrain.guard import Records
 from dptrain.plan import Group, Plan
 from dptrain.randomness import StepNoise
 from dptrain.rundir import RunDirectory
@@ -198,7 +199,7 @@ def run(setup: Setup, sigma: float, vectors: int, examples: int, seed: int, prog
         setup = replace(setup, data=data)
     before = setup.backend.losses(setup.model, setup.loss, x, y) if len(rows) else np.zeros(0)
     with RunDirectory(None, setup.config, setup.backend.name, {}) as directory:
-        loop = Loop(setup, directory, threading.Event(), sigma)
+        loop = Loop(setup, directory, threading.Event(), sigma, Records(directory.ledger))
         if len(rows):
             instead = np.arange(len(data.x_train))
             instead[clean:][~inside] = rows[~inside] if opposite else -1

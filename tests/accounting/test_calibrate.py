@@ -148,3 +148,19 @@ def test_unreachable_budgets_say_what_to_change():
 def test_bad_steps(bad):
     with pytest.raises(AccountingError, match="steps"):
         calibrate_noise_multiplier(1.0, 1e-5, 0.1, bad)
+
+
+@pytest.mark.parametrize("extreme", [1e-300, 1e-16, 1e300, 10**400])
+def test_extreme_arguments_are_refused_in_words(extreme):
+    """Their squares, or they themselves, leave the range of a float."""
+    for call, wrong in (
+        (calibrate_steps, {"sample_rate": extreme, "noise_multiplier": 1.0}),
+        (calibrate_steps, {"sample_rate": 0.1, "noise_multiplier": extreme}),
+        (calibrate_noise_multiplier, {"sample_rate": extreme, "steps": 10}),
+        (calibrate_noise_multiplier, {"sample_rate": 0.1, "steps": 10**400}),
+        (calibrate_sample_rate, {"noise_multiplier": 1.0, "steps": 10**400}),
+    ):
+        with pytest.raises(AccountingError):
+            call(1.0, 1e-5, accountant="rdp", **wrong)
+    with pytest.raises(AccountingError, match="releases stay within"):
+        calibrate_steps(1e300, 1e-5, 0.1, 1.0, accountant="rdp")

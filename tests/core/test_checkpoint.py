@@ -10,6 +10,7 @@ import secrets
 from pathlib import Path
 
 import numpy as np
+import numpy.random  # draws from secrets where it is imported for the first time, which a test below replaces
 import pytest
 
 import dptrain

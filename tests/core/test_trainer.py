@@ -257,7 +257,10 @@ def command(monkeypatch, capsys, *words) -> tuple[int, str, str]:
 BAD_CONFIGS = {
     "unknown key": ({"optimizer": {"lr": 1}}, "optimizer.lr is not a known key"),
     "wrong strategy": ({"strategy": "gost"}, "strategy has no 'gost'"),
-    "two budgets": ({"privacy": {"target_epsilon": 1.0, "noise_multiplier": 1.0}}, "are both given"),
+    "a cap that the steps pass": (
+        {"privacy": {"target_epsilon": 1.0, "noise_multiplier": 1.0}},
+        "of 4 steps with this noise 0 fit; lower the steps",
+    ),
     "no budget": ({"privacy": {}}, "give target_epsilon or noise_multiplier"),
     "unknown data": ({"data": "mnits"}, "data"),
     "missing file": ({"data": {"name": "npz", "path": "/no/such.npz"}}, "/no/such.npz"),
