@@ -21,6 +21,7 @@ from dptrain.mechanism import FLOAT_MARGIN
 # Normal approximations are trusted to this many standard deviations: 2e-9.
 FAR = 6.0
 SHORTEST = 64
+MOST_VALUES = 1_000_000
 
 
 def contributions(subject: Subject) -> list[Array]:
@@ -62,7 +63,7 @@ def crowd(alone: list[Array], count: int) -> list[int]:
     return [int(np.argmin([float(v @ largest) for v in alone]))] * count
 
 
-def residuals(subject: Subject, alone: list[Array], repeats: int = 4) -> dict[str, list[Array]]:
+def residuals(subject: Subject, alone: list[Array], repeats: int = 8) -> dict[str, list[Array]]:
     """Noise as an attacker who knows everything else sees it, for an empty batch, one physical batch, and several."""
     found: dict[str, list[Array]] = {}
     for name, size in (("empty batch", 0), ("one physical batch", subject.size - 1), ("several physical batches", 3 * subject.size - 1)):
@@ -74,33 +75,60 @@ def residuals(subject: Subject, alone: list[Array], repeats: int = 4) -> dict[st
     return found
 
 
+def pieces(subject: Subject) -> dict[str, slice]:
+    """Where each group, and each parameter, lies in a whitened vector."""
+    arrays, found, start = subject.watch.parameters(subject.setup.model), dict[str, slice](), 0
+    for group in subject.plan.gradient_groups:
+        begin = start
+        for name in owner_parameters(subject.plan, group.name):
+            if name in arrays:
+                found[f"parameter {name!r}"] = slice(start, start + arrays[name].size)
+                start += arrays[name].size
+        found[f"group {group.name!r}"] = slice(begin, start)
+    return found
+
+
 def noise(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
-    """The noise of every group must have the standard deviation that the event was made from, whatever is in the batch.
+    """The noise of every group and parameter must have the standard deviation that the event was made from, whatever is in the batch.
 
     Args:
         subject: the step.
         seen: of ``residuals``.
     Returns:
-        The finding: chi-square tests of the variance, two-sided, one per group and kind of batch, at one in a million together.
+        The finding: chi-square tests of the variance, two-sided, at one in a million together.
     """
+    places = pieces(subject)
+    tests = [(f"{place}, {kind}", np.concatenate([v[places[place]] for v in seen[kind]])) for kind in seen for place in places]
+    found = [(*variance_test(values), name) for name, values in tests if len(values)]
+    p, ratio, worst = min(found)
+    text = f"largest deviation of {len(found)} tests: {ratio:.4g} times the claimed standard deviation in {worst} (p = {p:.3g})"
+    figures = {"smallest_over_claimed": min(ratio for _, ratio, _ in found), "p_value": p}
+    return Finding("noise", bool(p > FALSE_ALARM / len(found)), text, figures)
+
+
+def variance_test(values: Array) -> tuple[float, float]:
+    """Two-sided p-value of what should be N(0, 1), and its standard deviation."""
     from scipy.stats import chi2
 
-    tests, worst, text, passed, lowest = 0, 1.0, "", True, math.inf
-    kinds = [(kind, group.name) for kind in seen for group in subject.plan.gradient_groups]
-    for kind, group in kinds:
-        values = np.concatenate([subject.groups(v)[group] for v in seen[kind]])
-        if not len(values):
-            continue
-        tests += 1
-        square = float(values @ values) if np.isfinite(values).all() else math.inf
-        p = 2 * min(float(chi2.cdf(square, len(values))), float(chi2.sf(square, len(values))))
-        ratio = math.sqrt(square / len(values))
-        lowest = min(lowest, ratio)
-        if p <= worst:
-            worst, text = p, f"{ratio:.4g} times the claimed standard deviation in group {group!r}, {kind}"
-        passed = passed and p > FALSE_ALARM / len(kinds)
-    said = f"largest deviation of {tests} tests: {text} (p = {worst:.3g})"
-    return Finding("noise", passed, said, {"smallest_over_claimed": lowest, "p_value": worst})
+    square = float(values @ values) if np.isfinite(values).all() else math.inf
+    p = 2 * min(float(chi2.cdf(square, len(values))), float(chi2.sf(square, len(values))))
+    return p, math.sqrt(square / len(values))
+
+
+def shape(seen: dict[str, list[Array]]) -> Finding:
+    """The noise must be normal: bounded noise of the right variance, for one, would tell some data sets apart with certainty.
+
+    Returns:
+        The finding: Kolmogorov and Smirnov's test at one in a million, on a million values at most.
+    """
+    from scipy.stats import kstest
+
+    values = np.concatenate([v for kind in seen.values() for v in kind])[:MOST_VALUES]
+    finite = bool(np.isfinite(values).all())
+    result = kstest(values, "norm") if finite else None
+    p, distance = (float(result.pvalue), float(result.statistic)) if result is not None else (0.0, 1.0)
+    text = f"{len(values)} values are {distance:.3g} away from the normal distribution (p = {p:.3g})"
+    return Finding("shape of the noise", p > FALSE_ALARM, text, {"distance": distance, "p_value": p})
 
 
 def count_noise(subject: Subject) -> Finding:
@@ -109,41 +137,36 @@ def count_noise(subject: Subject) -> Finding:
     Returns:
         The finding; a two-sided chi-square test at one in a million.
     """
-    from scipy.stats import chi2
-
     values = np.array(subject.watch.counts_off)
-    square = float(values @ values)
-    p = 2 * min(float(chi2.cdf(square, len(values))), float(chi2.sf(square, len(values))))
-    ratio = math.sqrt(square / len(values))
+    p, ratio = variance_test(values)
     text = f"{len(values)} released counts had {ratio:.4g} times the claimed standard deviation (p = {p:.3g})"
     return Finding("noise of the released count", p > FALSE_ALARM, text, {"over_claimed": ratio, "p_value": p})
 
 
 def independence(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
-    """The noise of one step must say nothing about that of another, nor one parameter's about another's.
+    """The noise of one step must say nothing about that of another, nor one number's about the next, nor one parameter's about another's.
 
     Returns:
-        The finding: correlations, normal to good accuracy, none beyond six standard deviations.
+        The finding: correlations, normal to good accuracy, none beyond six standard deviations (more where there are many).
     """
     draws = [v for kind in seen.values() for v in kind]
     pairs = list(combinations(draws, 2))
-    for draw in draws[:3]:
-        parts = [p for p in parameters(subject, draw) if len(p) >= SHORTEST]
-        pairs += [(a[: min(len(a), len(b))], b[: min(len(a), len(b))]) for a, b in combinations(parts[:40], 2)]
+    places = [where for place, where in pieces(subject).items() if place.startswith("parameter")]
+    # Over all draws together, so that small parameters count too.
+    parts = [np.stack([draw[where] for draw in draws]) for where in places if where.stop - where.start >= SHORTEST]
+    for part in parts:
+        half = part.shape[1] // 2
+        pairs += [(part[:, :-1].ravel(), part[:, 1:].ravel()), (part[:, :half].ravel(), part[:, half : 2 * half].ravel())]
+    for a, b in combinations(parts[:40], 2):
+        size = min(a.shape[1], b.shape[1])
+        pairs.append((a[:, :size].ravel(), b[:, :size].ravel()))
     largest = 0.0
     for a, b in pairs:
         scale = float(np.linalg.norm(a) * np.linalg.norm(b))
         largest = max(largest, abs(float(a @ b)) / scale * math.sqrt(len(a)) if scale else math.inf)
     passed = largest <= FAR + math.sqrt(2 * math.log(max(2, len(pairs)))) - 1
-    return Finding("independence of the noise", passed, f"largest of {len(pairs)} correlations is {largest:.3g} standard deviations",
-                   {"largest_correlation": largest})  # fmt: skip
-
-
-def parameters(subject: Subject, vector: Array) -> list[Array]:
-    """A whitened vector, cut into parameters."""
-    arrays = subject.watch.parameters(subject.setup.model)
-    sizes = [arrays[n].size for g in subject.plan.gradient_groups for n in owner_parameters(subject.plan, g.name) if n in arrays]
-    return np.split(vector, np.cumsum(sizes)[:-1])
+    text = f"largest of {len(pairs)} correlations is {largest:.3g} standard deviations"
+    return Finding("independence of the noise", passed, text, {"largest_correlation": largest})
 
 
 def claim(event: Event) -> float:

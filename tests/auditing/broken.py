@@ -41,6 +41,51 @@ class NoiseOnOneGroup(Watch):
         return self._inner.privatize(total, plan, {name: s if i == 0 else 0.0 for i, (name, s) in enumerate(stds.items())}, noise)
 
 
+class NoNoiseOnOneParameter(Watch):
+    """A bias is released as it is."""
+
+    def privatize(self, total: Any, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Any:
+        model = self.model
+        before = self._inner.sums(model, total)
+        released = self._inner.privatize(total, plan, stds, noise)
+        name = min(before, key=lambda n: before[n].size)
+        return self._inner.shifted(model, released, {name: before[name] - self._inner.sums(model, released)[name]})
+
+
+class OtherNoise(Watch):
+    """Noise of the right variance that a subclass makes."""
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        raise NotImplementedError
+
+    def privatize(self, total: Any, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Any:
+        std, rng = next(iter(stds.values())), np.random.default_rng()
+        arrays = {name: std * self.draw(rng, value.shape) for name, value in self._inner.sums(self.model, total).items()}
+        return self._inner.shifted(self.model, total, arrays)
+
+
+class UniformNoise(OtherNoise):
+    """Bounded, so that some outcomes rule a data set out."""
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return rng.uniform(-(3**0.5), 3**0.5, shape)
+
+
+class BroadcastNoise(OtherNoise):
+    """One number for a whole parameter."""
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return np.full(shape, rng.standard_normal())
+
+
+class RepeatedNoise(OtherNoise):
+    """The second half of a parameter gets the noise of the first."""
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape))
+        return np.resize(rng.standard_normal((size + 1) // 2), size).reshape(shape)
+
+
 class SameNoise(Watch):
     """The noise of step 0 in every step."""
 
@@ -152,6 +197,7 @@ class Favourites(PoissonSampler):
 def with_backend(setup: Setup, watch: type[Watch]) -> Setup:
     """The setup with a broken backend."""
     broken = watch(setup.backend)
+    broken.model = setup.model  # type: ignore[attr-defined]
     if isinstance(broken, NoisePerPhysicalBatch):
         from dptrain.mechanism import GaussianMechanism
 

@@ -64,6 +64,10 @@ def test_moving_clips_and_split_noise_pass() -> None:
 CASES = [
     (broken.NoNoise, "mixed_ghost", {"noise", "one release"}),
     (broken.HalvedNoise, "mixed_ghost", {"noise"}),
+    (broken.NoNoiseOnOneParameter, "mixed_ghost", {"noise"}),
+    (broken.UniformNoise, "mixed_ghost", {"shape of the noise"}),
+    (broken.BroadcastNoise, "mixed_ghost", {"noise", "independence of the noise"}),
+    (broken.RepeatedNoise, "mixed_ghost", {"independence of the noise"}),
     (broken.SameNoise, "mixed_ghost", {"independence of the noise"}),
     (broken.NoNoiseOnEmptyBatches, "mixed_ghost", {"noise"}),
     (broken.NoisePerPhysicalBatch, "mixed_ghost", {"noise"}),
@@ -149,6 +153,20 @@ def test_other_sampling_accounted_as_poisson_is_caught(sampler: Any, monkeypatch
     setup = make()
     monkeypatch.setattr(trainer, "PoissonSampler", sampler)
     assert audit_setup(setup, **QUICK).failed() == ["sampling"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_run_alone_catches_missing_noise(backend: str) -> None:
+    """Both forms: every release, and the finished model. The labels of the second have to be learnt by heart."""
+    rng = np.random.default_rng(0)
+    coins = from_arrays(rng.standard_normal((300, 5)), rng.integers(0, 3, 300), num_classes=3)
+    run = {"privacy": {"noise_multiplier": 8.0, "accountant": "rdp"}, "sampling": {"sample_rate": 1.0, "steps": 5}}
+    setup = prepare(config(model={"name": "mlp", "hidden": [64]}, **run), backend, coins)
+    sound = audit_setup(setup, canaries=100, examples=100, trials=0)
+    assert sound.passed, str(sound)
+    found = audit_setup(broken.with_backend(setup, broken.NoNoise), canaries=150, examples=0, trials=0)
+    assert "one run, gradient-space canaries" in found.failed()
+    assert found.epsilon_lower_bound > found.epsilon
 
 
 def test_non_private_runs_have_nothing_to_audit() -> None:
