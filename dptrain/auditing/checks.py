@@ -41,11 +41,14 @@ def sensitivity(subject: Subject, alone: list[Array], when: str) -> Finding:
     """
     largest, where = 0.0, ""
     bounds = {g.name: g.norm_bound / subject.stds[g.name] for g in subject.plan.gradient_groups}
-    base = crowd(alone, subject.size - 1)
-    crowded = subject.total(base)
     order = sorted(range(len(alone)), key=lambda i: -float(np.linalg.norm(alone[i])))
-    beside = [(f"example {i} beside {len(base)} others", subject.total([*base, i]) - crowded) for i in order[:4]]
-    for name, change in [*((f"example {i} alone", v) for i, v in enumerate(alone)), *beside]:
+    changes = [(f"example {i} alone", v) for i, v in enumerate(alone)]
+    # Beside one other every example; beside a batch of them, and in the second physical batch, a few.
+    for size, chosen in ((1, order), (subject.size - 1, order[:4]), (2 * subject.size, order[:4])):
+        base = crowd(alone, size)
+        crowded = subject.total(base)
+        changes += [(f"example {i} beside {size} others", subject.total([*base, i]) - crowded) for i in chosen]
+    for name, change in changes:
         for group, part in subject.groups(change).items():
             ratio = float(np.linalg.norm(part)) / bounds[group]
             if not ratio <= largest:  # not a number counts as the largest

@@ -98,6 +98,9 @@ def audit_setup(
     """
     if not setup.plan.private:
         raise ConfigError(f"Strategy {setup.plan.strategy} claims no privacy, so there is nothing to audit; choose another strategy.")
+    lacking = [name for name in ("sums", "shifted", "parameters", "losses") if not hasattr(setup.backend, name)]
+    if lacking:
+        raise ConfigError(f"Backend {setup.backend.name!r} has no {', '.join(lacking)}, which audits need; see dptrain/backend.py.")
     privacy = setup.config.privacy
     start = setup.backend.get_weights(setup.model)
     findings = step_findings(setup, trials, privacy.target_delta, seed)

@@ -115,6 +115,27 @@ class ClipSkipped(Watch):
         return self._inner.bounded_sum(model, loss, batch, replace(plan, groups=groups), two_pass)
 
 
+class BatchClipped(Watch):
+    """Clips the sum of a logical batch, not the examples."""
+
+    def bounded_sum(self, model: Any, loss: Any, batch: Any, plan: Plan, two_pass: bool = False) -> Any:
+        return self._inner.bounded_sum(model, loss, batch, plan.with_clip_norm(1e6), two_pass)
+
+    def reduce(self, total: Any) -> Any:
+        total = self._inner.reduce(total)
+        arrays = self._inner.sums(self.model, total)
+        norm = sum(float((value.astype(np.float64) ** 2).sum()) for value in arrays.values()) ** 0.5
+        scale = min(1.0, 1.0 / max(norm, 1e-30))
+        return self._inner.shifted(self.model, total, {name: (scale - 1) * value for name, value in arrays.items()})
+
+
+class AddedTwice(Watch):
+    """Every physical batch after the first counts twice."""
+
+    def add(self, total: Any, part: Any) -> Any:
+        return self._inner.add(self._inner.add(total, part), part)
+
+
 class DataDependentDenominator(Watch):
     """Divides by the number of examples drawn."""
 

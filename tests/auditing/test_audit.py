@@ -72,6 +72,8 @@ CASES = [
     (broken.NoNoiseOnEmptyBatches, "mixed_ghost", {"noise"}),
     (broken.NoisePerPhysicalBatch, "mixed_ghost", {"noise"}),
     (broken.DataDependentDenominator, "mixed_ghost", {"noise"}),
+    (broken.BatchClipped, "mixed_ghost", {"sensitivity (first weights)"}),
+    (broken.AddedTwice, "mixed_ghost", {"sensitivity (first weights)"}),
     (broken.ClipSkipped, {"name": "mixed_ghost", "grouping": "per_layer"}, {"sensitivity (first weights)"}),
     (broken.NoiseOnOneGroup, {"name": "mixed_ghost", "grouping": "per_layer"}, {"noise"}),
     (broken.NoNoise, "clipless", {"noise"}),
@@ -167,6 +169,16 @@ def test_one_run_alone_catches_missing_noise(backend: str) -> None:
     found = audit_setup(broken.with_backend(setup, broken.NoNoise), canaries=150, examples=0, trials=0)
     assert "one run, gradient-space canaries" in found.failed()
     assert found.epsilon_lower_bound > found.epsilon
+
+
+def test_a_backend_that_cannot_be_audited_says_so() -> None:
+    setup = make()
+
+    class Old:
+        name = "old"
+
+    with pytest.raises(ConfigError, match="has no sums, shifted, parameters, losses"):
+        audit_setup(dataclasses.replace(setup, backend=Old()))  # type: ignore[arg-type]
 
 
 def test_non_private_runs_have_nothing_to_audit() -> None:
