@@ -82,7 +82,8 @@ class RunDirectory:
         if "ledger.jsonl" in present and set(present) <= {"ledger.jsonl", "config.yaml"}:
             with PrivacyLedger.open(self.path / "ledger.jsonl") as left:
                 unused = not left.num_releases
-            if unused:  # made for another name of this run
+            if unused:  # made for another name of this run; the ledger last, so that a kill in between leaves what is understood here
+                (self.path / "config.yaml").unlink(missing_ok=True)
                 (self.path / "ledger.jsonl").unlink()
                 present = ()
         if not present:

@@ -677,7 +677,7 @@ def test_optimizers_that_are_refused() -> None:
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"named_params": [("a", 1)]}, "named_params"),
-    ({"target_epsilon": 3.0}, "both"),
+    ({"target_epsilon": 3.0}, "of 6 steps with this noise 0 fit"),
     ({"noise_multiplier": None}, "target_epsilon or noise_multiplier"),
     ({"noise_multiplier": None, "target_epsilon": 3.0, "epochs": None}, "epochs or steps"),
     ({"batch_size": 20}, "the same"),

@@ -487,7 +487,8 @@ def check_directory(out: Path, replayed: bool) -> int:
     steps = [line["step"] for line in whole_lines(out / "metrics.jsonl") if "train_loss" in line]
     applied = len(set(steps) if replayed else steps)
     step = Checkpoint.load(out / "checkpoint.safetensors", {}).step if (out / "checkpoint.safetensors").exists() else 0
-    ledger = PrivacyLedger.read(out / "ledger.jsonl").num_releases if (out / "ledger.jsonl").exists() else 0
+    # Before there is a run.json an unused ledger may just be being made anew.
+    ledger = PrivacyLedger.read(out / "ledger.jsonl").num_releases if (out / "run.json").exists() else 0
     assert applied <= ledger
     assert step <= ledger
     return ledger
