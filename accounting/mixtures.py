@@ -16,10 +16,11 @@ with N(c) the standard Gaussian noise around c times the sensitivity, all in noi
 **Fixed size** (replace_one): draw the batch with the record's place left open. With probability q = B / N the record fills it, which
 gives a centre a or b; otherwise another one does, centre 0. All distances are at most the replace-one sensitivity: *swapped*.
 
-**Capped Poisson**. Let S be the draw of the N examples that both neighbours share (N - 1 under replace_one; N bounds it under
-zero_out). A record x is drawn with probability q. If |S| < cap, reveal S, which x joins: *sampled*. If |S| >= cap, draw also T, a
-uniform subset of S of `cap` examples, and y, uniform in T. Of the |S| + 1 drawn, x is kept with probability cap / (|S| + 1), and what
-it displaces from T is uniform: take y. Reveal T and y (but not |S|, of which they are independent): x enters with probability
+**Capped Poisson**. Let S be the draw of the N examples that both neighbours share (one less than the data set has under replace_one and
+zero_out; that or as many under add_remove). A record x is drawn with probability q. If |S| < cap, reveal S, which x joins: *sampled*.
+If |S| >= cap, draw also T, a uniform subset of S of `cap` examples, and y, uniform in T. Of the |S| + 1 drawn, x is kept with
+probability cap / (|S| + 1), and what it displaces from T is uniform: take y. Reveal T and y (but not |S|, of which they are
+independent): x enters with probability
 
     q' = q cap E[1 / (|S| + 1) | |S| >= cap] = cap / (N + 1) P(Binomial(N + 1, q) >= cap + 1) / P(Binomial(N, q) >= cap),
 
@@ -30,7 +31,9 @@ record influences, a step is *sampled* at rate q with weight 1 - tau, and with w
   sides, so this is NOT the pair of an uncapped step, and a cap costs here, too.
 The distances are at most twice the clipping norm, so all of them are bounded by *swapped*, at rate q', with half the noise multiplier
 under add_remove and zero_out, with all of it under replace_one, where it is relative to twice the norm.
-All divergences grow with the rate, as a mixture with the other side can only lower them, so rates may be rounded up.
+All divergences grow with the rate, as a mixture with the other side can only lower them, so rates may be rounded up. They grow with
+each weight, too, as every loss adds to them: so where N is one of two, *sampled* has its weight at the smaller one, *swapped* its
+weight at the larger one and its rate q', which falls with N, at the smaller; the weights then add up to more than 1.
 """
 
 from __future__ import annotations
@@ -107,18 +110,26 @@ def _plain(event: Event, relation: NeighboringRelation) -> Event:
 @lru_cache(maxsize=1024)
 def _log_over(event: CappedGaussian, relation: NeighboringRelation) -> float:
     """Returns log of the probability that the others alone fill a batch, rounded up."""
-    return log_tail(_others(event, relation), event.sample_rate, event.max_batch_size)
+    return log_tail(_others(event, relation)[1], event.sample_rate, event.max_batch_size)
 
 
-def _others(event: CappedGaussian, relation: NeighboringRelation) -> int:
-    """Returns how many examples both neighbours share, at most."""
-    return event.num_examples - (relation is NeighboringRelation.replace_one)
+def _log_room(event: CappedGaussian, relation: NeighboringRelation) -> float:
+    """Returns log of the probability that the others leave room in a batch, rounded up; not 1 minus the above, which is rounded down."""
+    others, cap, q = _others(event, relation)[0], event.max_batch_size, event.sample_rate
+    if q == 1.0:
+        return 0.0 if others < cap else -math.inf
+    return log_tail(others, 1.0 - q, others - cap + 1)  # so many are not drawn
+
+
+def _others(event: CappedGaussian, relation: NeighboringRelation) -> tuple[int, int]:
+    """Returns how many examples both neighbours share, at least and at most: under add_remove the data set may be either of the two."""
+    return event.num_examples - 1, event.num_examples - (relation is not NeighboringRelation.add_remove)
 
 
 @lru_cache(maxsize=1024)
 def _entering(event: CappedGaussian, relation: NeighboringRelation) -> float:
     """Returns the probability that a record enters a batch that the others alone fill, rounded up: q' of the module's docstring."""
-    others, cap, q = _others(event, relation), event.max_batch_size, event.sample_rate
+    others, cap, q = _others(event, relation)[0], event.max_batch_size, event.sample_rate  # the more others, the less often
     log_ratio = log_tail(others + 1, q, cap + 1) - log_tail(others, q, cap, upper=False)
     exact = math.exp(min(log_ratio, 700.0)) * cap / (others + 1) * (1 + 1e-12)
     return min(exact, q * cap / (cap + 1) * (1 + 1e-15)) if math.isfinite(exact) else q * cap / (cap + 1) * (1 + 1e-15)
@@ -156,7 +167,7 @@ def components(event: Event, relation: NeighboringRelation) -> tuple[Component, 
         return (Component(0.0, "swapped", event.noise_multiplier, event.sample_rate),)
     if isinstance(event, CappedGaussian):
         over, sigma, q = _log_over(event, relation), event.noise_multiplier, event.sample_rate
-        usual = Component(math.log1p(-math.exp(over)) + 1e-15 if over < 0.0 else -math.inf, "sampled", sigma, q)
+        usual = Component(_log_room(event, relation), "sampled", sigma, q)
         entering = max(_entering(event, relation), 1e-300)
         rare = Component(over, "swapped", sigma if relation is NeighboringRelation.replace_one else sigma / 2, entering)
         return tuple(part for part in (usual, rare) if part.log_weight > -math.inf)
@@ -180,7 +191,7 @@ def attained(event: Event, relation: NeighboringRelation) -> tuple[SampledGaussi
     if isinstance(event, FixedSizeGaussian):
         return SampledGaussian(event.noise_multiplier, event.sample_rate), True
     if isinstance(event, CappedGaussian):
-        others, cap, q = _others(event, relation), event.max_batch_size, event.sample_rate
+        others, cap, q = _others(event, relation)[1], event.max_batch_size, event.sample_rate
         full = math.exp(log_tail(others + 1, q, cap + 1, upper=False)) * cap / (others + 1)
         rate = (q * -math.expm1(_log_over(event, relation)) + full) * (1 - 1e-12)
         return (SampledGaussian(event.noise_multiplier, rate), False) if rate > 1e-15 else None

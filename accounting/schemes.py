@@ -25,7 +25,7 @@ class CappedGaussian(Event):
     Args:
       noise_multiplier: standard deviation of the noise / L2 sensitivity of a release WITHOUT cap, as for `SampledGaussian`.
       sample_rate: probability with which each example is drawn, independently.
-      num_examples: size of the data set (either of two that differ by one example will do; the larger costs more).
+      num_examples: size of the data set; under add_remove either of two that differ by one example.
       max_batch_size: the cap, at least 1; public, chosen without looking at a batch.
 
     Raises:

@@ -89,10 +89,13 @@ class TradeOff:
 
     @staticmethod
     def _missed(alpha: float, epsilon: float, delta: float) -> float:
-        growth = math.exp(min(epsilon, 700.0))
-        first = 1.0 - delta - growth * alpha
+        growth = math.exp(epsilon) if epsilon < 700.0 else math.inf
+        first = 1.0 - delta - growth * alpha if alpha > 0.0 else 1.0 - delta
         second = (1.0 - delta - alpha) * math.exp(-epsilon)
-        return max(first - _ROUNDING * (1.0 + growth * alpha), second - _ROUNDING * math.exp(-epsilon)) * (1 - _ROUNDING)
+        slip = growth * alpha if alpha > 0.0 else 0.0
+        return max(first - _ROUNDING * (1.0 + slip) if math.isfinite(first) else -math.inf, second - _ROUNDING * math.exp(-epsilon)) * (
+            1 - _ROUNDING
+        )
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
         """Returns an upper bound on the share of members that an attack finds.
@@ -103,7 +106,8 @@ class TradeOff:
         alpha = _check_rate(false_positive_rate, "false_positive_rate")
         # Not 1 - type_two_error: small rates would lose their digits.
         found = [1.0 - self.type_two_error(alpha)]
-        found += [delta + math.exp(min(epsilon, 700.0)) * alpha for epsilon, delta in zip(self.epsilons, self.deltas, strict=True)]
+        pairs = zip(self.epsilons, self.deltas, strict=True)
+        found += [delta + (math.exp(epsilon) * alpha if alpha > 0.0 else 0.0) for epsilon, delta in pairs if epsilon < 700.0]
         return min(1.0, min(found) * (1 + _ROUNDING))
 
     def curve(self, points: int = 201) -> tuple[Array, Array]:

@@ -151,3 +151,9 @@ def test_bad_arguments():
             trade_off(MIXED, points=points)
         with pytest.raises(AccountingError, match="points"):
             curve.curve(points)
+
+
+def test_an_enormous_epsilon_promises_nothing():
+    curve = TradeOff((800.0,), (0.0,), "add_remove", "prv")
+    assert curve.type_two_error(1e-305) < 1e-9 and curve.true_positive_rate(1e-305) > 1 - 1e-9
+    assert curve.type_two_error(0.0) > 1 - 1e-9
