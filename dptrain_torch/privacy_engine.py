@@ -25,7 +25,7 @@ from dptrain.mechanism import NoiseKind, release_event
 from dptrain.migration import understood
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, RandomKey
-from dptrain.sampling import check_physical_batch_size
+from dptrain.sampling import MOST, check_physical_batch_size
 from dptrain.step import Release, Update
 from dptrain.strategies import SensitivityStrategy
 from dptrain_torch import checks, engine, gradients, graph
@@ -296,6 +296,11 @@ class PrivacyEngine(Promise, Watching):
         if not isinstance(loss, Tensor) or loss.dim() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise UnsupportedModelError([f"optimizer.step needs loss=..., one value per example [B], not {shape}; use reduction='none'."])
+        if len(loss) > MOST:  # of a loader of the user's own; the size is public
+            raise ConfigError(
+                f"A physical batch of {len(loss)} examples is longer than {MOST}, and its sum would round too much; give batches in parts "
+                "(engine.loader does), or lower the batch size."
+            )
         if not loss.requires_grad or self._recording is None:
             raise UnsupportedModelError(
                 ["the loss depends on no trainable parameter, or the model was not called since the last step; call the model that the "

@@ -285,7 +285,7 @@ def check_owner(ledger: PrivacyLedger, name: Path, wanted: Mapping[str, object])
     Raises:
         RunError: it is the ledger of another run, or its events are in units of another relation's sensitivity.
     """
-    stated = dict(getattr(ledger, "facts", {}))
+    stated = ledger.facts
     for key, value in wanted.items():
         if stated.get(key, value) != value:
             raise RunError(f"{name} is not the ledger of this run ({key} {stated[key]!r}, of the run {value!r}); restore it.")
@@ -398,7 +398,7 @@ def shared(files: RunFiles) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     from accounting.prv import PRVAccountant
 
     privacy = files.config.privacy
-    name = getattr(privacy, "ledger", None)
+    name = privacy.ledger
     if not isinstance(name, str) or not files.private:
         return None, ()
     if Path(name).exists():
@@ -411,7 +411,7 @@ def shared(files: RunFiles) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
         epsilon = get_accountant(privacy.accountant, privacy.relation).epsilon(ledger.events, privacy.target_delta)
         return {
             "epsilon": epsilon, "delta": privacy.target_delta, "accountant": privacy.accountant, "releases": ledger.num_releases,
-            "runs": len(getattr(ledger, "run_names", ())), "ledger": name, "facts": getattr(ledger, "facts", {}),
+            "runs": len(ledger.run_names), "ledger": name, "facts": ledger.facts,
         }, ()  # fmt: skip
     stored = files.stored.data_set if files.stored is not None else None
     if stored is None:

@@ -132,8 +132,7 @@ def noise(report: RunReport) -> str:
     if sigmas:
         several = f"s from {sigmas[0]:.6g} to {sigmas[-1]:.6g}"
         text += ", noise multiplier" + (f" {sigmas[0]:.6g}" if len(sigmas) == 1 else several)
-    kind = getattr(report.files.config.privacy, "noise", None)
-    return text + (f"; privacy.noise: {kind}" if isinstance(kind, str) else "")
+    return f"{text}; privacy.noise: {report.files.config.privacy.noise}"
 
 
 def promise(report: RunReport) -> list[str]:

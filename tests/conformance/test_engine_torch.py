@@ -20,7 +20,7 @@ from dptrain.budget import BudgetError
 from dptrain.errors import ConfigError, RunError, UnsupportedModelError
 from dptrain.randomness import NOISE, SAMPLING, RandomKey, StepNoise
 from dptrain.sampling import PoissonSampler
-from dptrain_torch import SpectralLinear, clipped_sum, make_plan
+from dptrain_torch import SpectralLinear, clipped_sum, make_plan, privacy_engine
 from dptrain_torch.fitting.first_step import check_first_step, coupled
 from dptrain_torch.layers import BoundedInput, GroupSort
 from dptrain_torch.losses import get_loss
@@ -392,6 +392,18 @@ def test_a_shuffled_loader_claims_no_amplification() -> None:
     assert "zero_out" in engine.statement()
     with pytest.raises(BudgetError, match="used up"):
         optimizer.step(loss=losses(model(X[:20]), Y[:20]))
+
+
+def test_a_physical_batch_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its float32 sum would round by more than the event pays for; nothing is recorded and no weight moves."""
+    monkeypatch.setattr(privacy_engine, "MOST", 19)
+    model = net()
+    engine, optimizer = engine_for(model, sampling="shuffle", epochs=3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match="longer than 19"):
+        optimizer.step(loss=losses(model(X[:20]), Y[:20]))
+    assert engine.ledger.num_releases == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

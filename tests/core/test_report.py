@@ -21,7 +21,6 @@ from accounting.tradeoff import trade_off
 from dptrain import RunError
 from dptrain.checkpoint import write_json
 from dptrain.cli import main
-from dptrain.config import Privacy
 from dptrain.report import COMPLETE, INTERRUPTED, UNFINISHED, privacy_statement
 from dptrain.reporting import examine
 from dptrain.reporting.facts import spread
@@ -329,9 +328,6 @@ def test_an_audit_that_contradicts_the_guarantee_comes_first(tmp_path):
     assert examine([made])[0].contradicted
 
 
-SHARING = pytest.mark.skipif("ledger" not in Privacy.model_fields, reason="needs ledgers that runs share")
-
-
 def test_a_statement_names_what_all_runs_on_the_data_have_spent():
     together = {"epsilon": 2.5, "delta": 1e-5, "accountant": "rdp", "releases": 9, "runs": 2, "ledger": "x.jsonl", "facts": {}}
     said = privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {}, COMPLETE, together)
@@ -339,7 +335,6 @@ def test_a_statement_names_what_all_runs_on_the_data_have_spent():
     assert "data_set" not in privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {}, COMPLETE)
 
 
-@SHARING
 def test_runs_that_share_a_ledger_say_what_they_spent_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     privacy = {"noise_multiplier": 1.0, "accountant": "rdp", "ledger": "shared.jsonl"}
