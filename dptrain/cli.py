@@ -507,6 +507,9 @@ def main() -> None:
         elif hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error; where its class lives depends on typer's version
             error.show()
             code = error.exit_code
+        elif isinstance(error, OSError) and error.filename is not None:  # of a path that the user gave
+            print(f"dptrain: error: {error.filename}: {error.strerror}; choose another path.", file=sys.stderr)
+            code = 2
         else:
             raise
     sys.exit(code if isinstance(code, int) else 0)

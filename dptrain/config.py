@@ -201,8 +201,8 @@ class Performance(Part):
         compile: ``tf.function`` / ``torch.compile``; ``auto`` compiles in TensorFlow and runs torch eagerly.
         decision: rule that chooses the norm method per layer.
         gradients: ``book_keeping`` rebuilds the clipped sum from what was measured; ``two_pass`` runs a second backward pass.
-        prefer: ``memory`` lets no per-sample gradient outlive its norm, and stands for the decision ``space``, whatever that says: larger
-            batches, slower steps.
+        prefer: ``memory`` keeps a per-sample gradient only where it is smaller than what it is made of, and stands for the decision
+            ``space``, whatever that says: larger batches, slower steps.
         precision: ``float32`` or ``float64``.
         device: ``auto``, ``cpu``, ``cuda`` or another name the framework knows.
         check_bounds: compare proven bounds with the per-sample gradient norms of synthetic examples, before and after training.

@@ -25,8 +25,8 @@ Timings = Mapping[str, Mapping[str, float]]  # layer -> method -> seconds
 # elementwise passes run at memory speed, products at many operations per float loaded.
 MEMORY_COST = 12.0
 # Cost of one multiply-add, relative to the batched matrix product of a Gram matrix: the weighted sum is one large native kernel
-# call, per-sample gradients are many small ones.
-SUM_COST, INSTANTIATE_COST = 0.5, 1.25
+# call, per-sample gradients are many small ones; those of convolutions come from the native kernel too, or from long products.
+SUM_COST, INSTANTIATE_COST, CONV_INSTANTIATE_COST = 0.5, 1.25, 0.65
 
 
 def has_ghost_norm(layer: LayerInfo) -> bool:
@@ -60,7 +60,8 @@ def ghost_cost(layer: LayerInfo) -> float:
 
 def instantiate_cost(layer: LayerInfo) -> float:
     """Work per example of the per-sample gradient, its norm and its weighted sum, in multiply-adds."""
-    return gradient_size(layer) * (INSTANTIATE_COST * layer.positions + MEMORY_COST * 3)
+    each = CONV_INSTANTIATE_COST if layer.kind == CONV else INSTANTIATE_COST
+    return gradient_size(layer) * (each * layer.positions + MEMORY_COST * 3)
 
 
 def choose(layer: LayerInfo, decision: Decision, timings: Timings | None = None) -> Method:

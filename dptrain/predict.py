@@ -117,9 +117,15 @@ def norm_cost(layer: LayerInfo, method: Method, lean: bool = False) -> float:
     if layer.kind not in (LINEAR, CONV):
         return NORM_COST * 2 * MEMORY_COST * layer.positions * layer.fan_out
     way = ghost_cost(layer) if method == "ghost" else instantiate_cost(layer)
-    if lean and method == "instantiate":  # the gradient is not at hand any more when the sum is taken
+    if method == "instantiate" and passes(layer, lean):  # the gradient is not at hand any more when the sum is taken
         way += SUM_COST * layer.positions * gradient_size(layer)
     return NORM_COST * (way - SUM_COST * layer.positions * gradient_size(layer))
+
+
+def passes(layer: LayerInfo, lean: bool) -> bool:
+    """Whether a per-sample gradient is not kept after its norm."""
+    outputs = layer.positions * layer.fan_out
+    return lean and layer.kind in (LINEAR, CONV) and gradient_size(layer) >= numbers_in(layer) + outputs
 
 
 def kept(layer: LayerInfo, method: Method, lean: bool = False) -> int:
@@ -127,7 +133,7 @@ def kept(layer: LayerInfo, method: Method, lean: bool = False) -> int:
     outputs = layer.positions * layer.fan_out
     if method == "none":
         return 0
-    if method == "ghost" or (lean and layer.kind in (LINEAR, CONV)):
+    if method == "ghost" or passes(layer, lean):
         return numbers_in(layer) + outputs
     return gradient_size(layer) if layer.kind in (LINEAR, CONV, EMBEDDING) else layer.num_params
 
@@ -152,7 +158,7 @@ def predict(plan: Plan, batch: int, rate: float, *, two_pass: bool = False, lean
         batch: B, examples in the physical batch.
         rate: multiply-adds per second of a batched matrix product, as ``backend.product_rate()`` measures it.
         two_pass: whether the sum is taken in a second backward pass.
-        lean: whether no per-sample gradient outlives its norm.
+        lean: whether a per-sample gradient is kept only where it is smaller than what it is made of.
         float_bytes: bytes of a number.
     Returns:
         The prediction.

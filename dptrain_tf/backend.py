@@ -24,6 +24,7 @@ from dptrain.report import package_versions
 from dptrain_tf import attack, engine, gradients, graph, losses, measure, models, update
 from dptrain_tf.describe import describe
 from dptrain_tf.gradients import Batch, Grads
+from dptrain_tf.uses import compiled_by_xla
 
 CHUNK = 500  # examples per prediction
 
@@ -169,7 +170,8 @@ class TensorFlowBackend:
 
         @tf.function(autograph=False, reduce_retracing=False, jit_compile=self.jit or None)
         def traced(x: Any, y: Any, mask: Any, factor: Any) -> Any:
-            grads = function(Batch(x, y, mask, factor, careful))
+            with compiled_by_xla(self.jit):
+                grads = function(Batch(x, y, mask, factor, careful))
             keys[:] = list(grads.sums)
             identifiers.update(grads.identifiers)
             return list(grads.sums.values()), grads.stats, grads.counts, grads.usable

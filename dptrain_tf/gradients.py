@@ -110,7 +110,7 @@ class Accumulator:
         expected: parameter name -> number of uses in the forward pass.
         owners: parameter name -> layers that use it.
         keep: whether uses are kept for the weighted sum (book-keeping).
-        lean: whether they are kept as they came, although their per-sample gradients have been at hand: slower and smaller.
+        lean: whether they are kept as they came, although their per-sample gradients have been at hand, where that is smaller.
     """
 
     def __init__(self, plan: Plan, expected: Mapping[str, int], owners: Mapping[str, list[str]], keep: bool, lean: bool = False) -> None:
@@ -140,9 +140,12 @@ class Accumulator:
         wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
         direct = all(isinstance(use, DirectUse) for use in uses)
         square = ghost_norm(uses) if wants_ghost and not direct else None
-        passing = self.lean or not self.keep
-        if square is None and passing and len(uses) == 1 and not direct:
+        single = len(uses) == 1 and not direct
+        passing = not self.keep or (self.lean and not (single and uses[0].shrinks))
+        if square is None and single and passing:
             square = instantiated_norm(uses[0])
+        elif square is None and single:
+            square, uses[0] = uses[0].in_parts()
         elif square is None:
             gradient = uses[0].instantiate()
             for use in uses[1:]:
@@ -249,7 +252,7 @@ def bounded_sum(
         batch: a physical batch.
         plan: groups, clipping norms and norm methods.
         two_pass: take the sum from a second backward pass.
-        lean: let no per-sample gradient outlive its norm.
+        lean: keep a per-sample gradient only where it is smaller than what it is made of.
         norms_out: filled with group -> norms ``[B]``, for diagnostics.
         training: the mode in which the model is called.
     Returns:

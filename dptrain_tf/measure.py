@@ -13,7 +13,7 @@ from dptrain.predict import PRODUCT, work_of
 from dptrain_tf.describe import describe
 from dptrain_tf.gradients import Batch, Loss, batch_size, call_model, call_uses, example_losses
 from dptrain_tf.hooks import Call, Tap, find_units, layouts_of
-from dptrain_tf.uses import DirectUse, Use, ghost_norm, square_sum
+from dptrain_tf.uses import DirectUse, Use, ghost_norm
 
 
 def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
@@ -34,8 +34,8 @@ def ghost_way(use: Use, w: Any) -> Any:
 
 def instantiate_way(use: Use, w: Any) -> Any:
     """Per-sample gradient, its norm, and the weighted sum that reuses it."""
-    gradient = use.instantiate()
-    return square_sum(gradient), tf.tensordot(w, gradient, 1)
+    square, kept = use.in_parts()
+    return square, kept.weighted_sum(w)
 
 
 def product_rate() -> float:

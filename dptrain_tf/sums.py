@@ -19,6 +19,7 @@ from dptrain_tf.describe import take, tensors
 from dptrain_tf.gradients import Batch, Grads, Loss, batch_size, bounded_sum
 from dptrain_tf.lipschitz import LossGradientClip
 from dptrain_tf.rules import children
+from dptrain_tf.uses import compiled_by_xla
 
 NORM_OF = "norm of group "  # in the name of a traced result that is no sum
 
@@ -80,7 +81,8 @@ def safely(model: Any, batch: Batch, function: Callable[[Batch], Grads], jit: bo
 
         @tf.function(autograph=False, jit_compile=jit)
         def traced(x: Any, y: Any, mask: Any) -> Any:
-            found.append(function(Batch(x, y, mask)))
+            with compiled_by_xla(jit):
+                found.append(function(Batch(x, y, mask)))
             return list(found[-1].sums.values()), found[-1].stats
 
         sums, stats = traced(batch.x, batch.y, batch.mask)

@@ -424,17 +424,21 @@ class Watch(TorchFunctionMode):
     def _layer_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
         x, shape, w, b, eps = arguments(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
         shape, eps = tuple(shape), 1e-5 if eps is None else eps
-        return self.norm(func, args, kwargs, x, w, b, lambda a, g: trailing_uses(F.layer_norm(a, shape, None, None, eps), g, shape))
+
+        def normalise(t: Tensor) -> Tensor:
+            return F.layer_norm(t, shape, None, None, eps)
+
+        return self.norm(func, args, kwargs, x, w, b, lambda a, g: trailing_uses(normalise, a, g, shape))
 
     def _rms_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
         x, shape, w, eps = arguments(args, kwargs, "input", "normalized_shape", "weight", "eps")
         shape = tuple(shape)
-        return self.norm(func, args, kwargs, x, w, None, lambda a, g: trailing_uses(F.rms_norm(a, shape, None, eps), g, shape))
+        return self.norm(func, args, kwargs, x, w, None, lambda a, g: trailing_uses(lambda t: F.rms_norm(t, shape, None, eps), a, g, shape))
 
     def _group_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
         x, groups, w, b, eps = arguments(args, kwargs, "input", "num_groups", "weight", "bias", "eps")
         eps = 1e-5 if eps is None else eps
-        return self.norm(func, args, kwargs, x, w, b, lambda a, g: channel_uses(F.group_norm(a, groups, None, None, eps), g))
+        return self.norm(func, args, kwargs, x, w, b, lambda a, g: channel_uses(lambda t: F.group_norm(t, groups, None, None, eps), a, g))
 
     def norm(
         self, func: Any, args: Any, kwargs: Any, x: Tensor, w: Any, b: Any, uses: Callable[[Tensor, Tensor], dict[str, Use]]

@@ -22,7 +22,7 @@ from dptrain.profiling import phase
 from dptrain_torch.bare import BareCall
 from dptrain_torch.hooks import Call, Tap, Unit, find_units
 from dptrain_torch.lipschitz import LossGradientClip
-from dptrain_torch.uses import DirectUse, Use, ghost_norm, instantiated_norm, per_example, square_sum
+from dptrain_torch.uses import DirectUse, Use, ghost_norm, instantiated, instantiated_norm, per_example, square_sum
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -112,7 +112,7 @@ class Accumulator:
         expected: parameter name -> number of uses in the forward pass.
         owners: parameter name -> layers that use it.
         keep: whether uses are kept for the weighted sum (book-keeping).
-        lean: whether they are kept as they came, although their per-sample gradients have been at hand: slower and smaller.
+        lean: whether they are kept as they came, although their per-sample gradients have been at hand, where that is smaller.
     """
 
     def __init__(
@@ -139,9 +139,12 @@ class Accumulator:
         wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
         direct = all(isinstance(use, DirectUse) for use in uses)
         square = ghost_norm(uses) if wants_ghost and not direct else None
-        passing = self.lean or not self.keep
-        if square is None and passing and len(uses) == 1 and not direct:
+        single = len(uses) == 1 and not direct
+        passing = not self.keep or (self.lean and not (single and uses[0].shrinks))
+        if square is None and single and passing:
             square = instantiated_norm(uses[0])
+        elif square is None and single:
+            square, uses[0] = instantiated(uses[0])
         elif square is None:
             gradient = uses[0].instantiate()
             for use in uses[1:]:
@@ -218,7 +221,7 @@ def bounded_sum(
         batch: a physical batch.
         plan: groups, clipping norms and norm methods.
         two_pass: take the sum from a second backward pass.
-        lean: let no per-sample gradient outlive its norm.
+        lean: keep a per-sample gradient only where it is smaller than what it is made of.
         norms_out: filled with group -> norms ``[B]``, for diagnostics.
     Returns:
         The sums.
@@ -237,7 +240,7 @@ def bounded_sum(
     if two_pass:
         refuse_two_pass(model)
     units, size = known_units(model, plan), batch_size(batch.x)
-    with phase("forward"), torch.enable_grad(), Tap(units, size) as tap:
+    with phase("forward"), torch.enable_grad(), Tap(units, size, first=0) as tap:
         losses = example_losses(loss, call_model(model, batch.x), batch.y, size)
     found = tapped_sum(model, tap, losses, batch.mask, plan, batch.factor, two_pass=two_pass, lean=lean, norms_out=norms_out)
     return bounded_sum(model, loss, batch, plan) if found is None else found  # a non-finite example would poison the native sum
@@ -285,7 +288,7 @@ def tapped_sum(
         plan: groups, clipping norms and norm methods.
         factor: what the clipping norms are multiplied by.
         two_pass: take the sum from a second backward pass.
-        lean: let no per-sample gradient outlive its norm.
+        lean: keep a per-sample gradient only where it is smaller than what it is made of.
         norms_out: filled with group -> norms ``[B]``, for diagnostics.
         retain_graph: keep the graph for what else is to be asked of it.
     Returns:

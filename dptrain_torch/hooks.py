@@ -28,7 +28,7 @@ from dptrain_torch.uses import DirectUse, Use, wide
 
 # Facts that ``describe`` finds out and later passes follow: names of ``LayerInfo.attrs``, each present only where it is not 0.
 BARE, AXIS, STATIC, SHARED, WHOLE = "bare", "batch_axis", "static", "shared", "whole"
-FIRST_CALLS = 3  # calls whose outputs are kept in any case: their cotangents show whether examples are mixed anywhere above them
+FIRST_CALLS = 3  # calls whose outputs are kept for checks: their cotangents show whether examples are mixed anywhere above them
 
 
 @dataclass(frozen=True)
@@ -224,10 +224,11 @@ class Tap:
     Args:
         units: the units to record.
         batch: examples B in the pass.
+        first: calls whose outputs are kept; of the others there remain shapes and edges, since what follows may not need the values.
     """
 
-    def __init__(self, units: list[Unit], batch: int) -> None:
-        self.units, self.batch = units, batch
+    def __init__(self, units: list[Unit], batch: int, first: int = FIRST_CALLS) -> None:
+        self.units, self.batch, self.first = units, batch, first
         self.calls: list[Call | BareCall] = []
         self.watch: Watch | None = None
         self.adopted: set[str] = set()  # units that made a table for all examples
@@ -330,7 +331,7 @@ class Tap:
             call = Call(unit, args, kwargs, outputs, versions, self.batch, constant, shape)
             self.calls.append(call)
             self._watch(call, fed)
-            if unit.bias_only and len(self.calls) > FIRST_CALLS:
+            if len(self.calls) > self.first:
                 call.outputs = [hollow(z).requires_grad_(z.requires_grad) for z in outputs]
             return result
 

@@ -14,7 +14,7 @@ from dptrain_torch.bare import BareCall
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Loss, batch_size, call_model, call_uses, example_losses
 from dptrain_torch.hooks import Call, Tap, find_units
-from dptrain_torch.uses import DirectUse, Use, ghost_norm, square_sum, weighted
+from dptrain_torch.uses import DirectUse, Use, ghost_norm, instantiated
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
@@ -38,9 +38,7 @@ def ghost_way(use: Use, w: Tensor) -> None:
 
 def instantiate_way(use: Use, w: Tensor) -> None:
     """Per-sample gradient, its norm, and the weighted sum that reuses it."""
-    gradient = use.instantiate()
-    square_sum(gradient)
-    weighted(gradient, w)
+    instantiated(use)[1].weighted_sum(w)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -22,7 +22,7 @@ from dptrain.errors import UnsupportedModelError
 from dptrain.info import BIAS, CONV, EMBEDDING, LINEAR, NORM
 from dptrain_torch.lipschitz import BoundedBias, SpectralConv1d, SpectralConv2d
 from dptrain_torch.own import example_axis
-from dptrain_torch.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, wide
+from dptrain_torch.uses import ConvUse, DirectUse, EmbeddingUse, LinearUse, Use, covered, turns, wide
 
 Facts = dict[str, Any]  # positions, fan_in, fan_out, attrs: per call
 
@@ -207,34 +207,45 @@ def bag_uses(module: nn.EmbeddingBag, args: Any, kwargs: Any, g: Tensor) -> dict
 # --- normalisation --------------------------------------------------------------------------------------------------------
 
 
-def trailing_uses(x_hat: Tensor, g: Tensor, shape: tuple[int, ...]) -> dict[str, Use]:
+Normalise = Callable[[Tensor], Tensor]  # input [b, ...] -> normalised input, a new array
+
+
+def scale_and_offset(normalise: Normalise, a: Tensor, g: Tensor, total: Normalise) -> dict[str, Use]:
+    """Scale and offset of a normalisation: its output is rebuilt, a few examples at a time, so that it never leaves the cache."""
+    scales, offsets = [], []
+    for some in turns(a):
+        scales.append(total(normalise(a[some]).mul_(g[some])))
+        offsets.append(total(g[some]))
+    return {"weight": DirectUse(torch.cat(scales)), "bias": DirectUse(torch.cat(offsets))}
+
+
+def trailing_uses(normalise: Normalise, a: Tensor, g: Tensor, shape: tuple[int, ...]) -> dict[str, Use]:
     """Scale and offset over the trailing axes ``shape``."""
     between = list(range(1, g.dim() - len(shape)))
-    sums = [t.sum(between) if between else t for t in (g * x_hat, g)]
-    return {"weight": DirectUse(sums[0]), "bias": DirectUse(sums[1])}
+    return scale_and_offset(normalise, a, g, lambda t: t.sum(between) if between else t)
 
 
-def channel_uses(x_hat: Tensor, g: Tensor) -> dict[str, Use]:
+def channel_uses(normalise: Normalise, a: Tensor, g: Tensor) -> dict[str, Use]:
     """Scale and offset per channel, axis 1."""
-    return {"weight": DirectUse((g * x_hat).flatten(2).sum(2)), "bias": DirectUse(g.flatten(2).sum(2))}
+    return scale_and_offset(normalise, a, g, lambda t: t.flatten(2).sum(2))
 
 
 def layer_norm_uses(module: nn.LayerNorm, a: Tensor, g: Tensor) -> dict[str, Use]:
     shape = tuple(module.normalized_shape)
-    return trailing_uses(F.layer_norm(wide(a), shape, None, None, module.eps), wide(g), shape)
+    return trailing_uses(lambda x: F.layer_norm(x, shape, None, None, module.eps), wide(a), wide(g), shape)
 
 
 def rms_norm_uses(module: nn.RMSNorm, a: Tensor, g: Tensor) -> dict[str, Use]:
     shape = tuple(module.normalized_shape)
-    return trailing_uses(F.rms_norm(wide(a), shape, None, module.eps), wide(g), shape)
+    return trailing_uses(lambda x: F.rms_norm(x, shape, None, module.eps), wide(a), wide(g), shape)
 
 
 def group_norm_uses(module: nn.GroupNorm, a: Tensor, g: Tensor) -> dict[str, Use]:
-    return channel_uses(F.group_norm(wide(a), module.num_groups, None, None, module.eps), wide(g))
+    return channel_uses(lambda x: F.group_norm(x, module.num_groups, None, None, module.eps), wide(a), wide(g))
 
 
 def instance_norm_uses(module: Any, a: Tensor, g: Tensor) -> dict[str, Use]:
-    return channel_uses(F.instance_norm(wide(a), eps=module.eps), wide(g))
+    return channel_uses(lambda x: F.instance_norm(x, eps=module.eps), wide(a), wide(g))
 
 
 def norm_facts(module: Any, a: Tensor, z: Tensor) -> Facts:

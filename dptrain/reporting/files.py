@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def read_run(directory: str | Path) -> RunFiles:
         LedgerError: the ledger is missing, damaged, foreign or of a newer version.
     """
     path = Path(directory)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # says no to a name that is too long, and does not raise
         raise RunError(f"{path} is not a directory; give the --out directory of a dptrain run.")
     if not (path / "run.json").exists():
         raise RunError(f"{path} holds no dptrain run (there is no run.json); give the --out directory of a run.")
@@ -401,7 +402,7 @@ def shared(files: RunFiles) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     name = privacy.ledger
     if not isinstance(name, str) or not files.private:
         return None, ()
-    if Path(name).exists():
+    if os.path.exists(name):
         ledger = PrivacyLedger.read(name)
         check_owner(ledger, Path(name), {"relation": privacy.relation.value, "num_examples": files.run.num_examples})
         if ledger.num_releases < files.releases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def folders(reports: Sequence[RunReport], out: Path | None) -> list[Path]:
     names = [run.files.path.resolve().name for run in reports]
     places = [out] if len(reports) == 1 else [out / (n if names.count(n) == 1 else f"{n}-{i}") for i, n in enumerate(names, 1)]
     for run, place in zip(reports, places, strict=True):
-        if (place / "run.json").exists() and place.resolve() != run.files.path.resolve():
+        if os.path.exists(place / "run.json") and place.resolve() != run.files.path.resolve():
             raise RunError(f"{place} is the directory of another run, whose statement would be replaced; choose another --out.")
     return places
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from dptrain_torch.hooks import Tap, Unit
+from dptrain_torch.hooks import FIRST_CALLS, Tap, Unit
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Watching(ABC):
             first = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dim()), None)
             if first is not None:
                 if self._recording is None:
-                    self._recording = Recording(Tap(self.units, len(first)))
+                    self._recording = Recording(Tap(self.units, len(first), first=0 if self._checked else FIRST_CALLS))
                 self._recording.tap.batch = len(first)
                 self._recording.tap.__enter__()
         if self._depth == 0:  # now, so that it runs after the tap's own hook where the whole model is one layer

@@ -530,4 +530,47 @@ def test_norms_that_are_taken_in_turns_are_those_of_all_at_once(use: Any, tile: 
     monkeypatch.setattr(type(use), "cut", lambda self, a, b: lengths.append(b - a) or original(self, a, b))
     for found in (uses.ghost_norm([use]), uses.instantiated_norm(use)):
         torch.testing.assert_close(found, expected)
-    assert tile > 1 or lengths == [1] * 14
+    assert tile > 1 or lengths == [1] * 7
+
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "uneven padding": {"pads": ((0, 2), (1, 0))},
+    "dilated": {"dilation": (2, 1), "pads": ((2, 2), (1, 1))},
+    "grouped": {"groups": 2},
+    "depthwise": {"groups": 4, "out": 8},
+    "reflected": {"mode": "reflect"},
+    "wide kernel": {"kernel": (1, 5), "pads": ((0, 0), (2, 2))},
+}
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["channels outermost", "channels innermost"])
+@pytest.mark.parametrize("window", [1, 700, 1 << 19])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_by_groups_of_examples(name: str, window: int, inner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = {"kernel": (3, 3), "dilation": (1, 1), "groups": 1, "pads": ((1, 1), (1, 1)), "mode": "constant", "out": 6} | CONVOLUTIONS[name]
+    x = normal(7, 4, 6, 5)
+    reach = [s + sum(p) - d * (k - 1) for s, p, d, k in zip((6, 5), kind["pads"], kind["dilation"], kind["kernel"], strict=True)]
+    g = normal(7, kind["out"], *reach, seed=1)
+    if inner:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    use = uses.ConvUse(x, g, kind["kernel"], (1, 1), kind["dilation"], kind["groups"], kind["pads"], kind["mode"])
+    expected = torch.cat(list(use.by_positions()))
+    monkeypatch.setattr(uses, "WINDOW", window)
+    torch.testing.assert_close(torch.cat(list(use.by_groups())), expected)
+    torch.testing.assert_close(torch.cat(list(use.by_positions())), expected)
+    monkeypatch.setattr(uses.ConvUse, "suits_groups", lambda self: True)
+    square, kept = uses.instantiated(use)
+    w = torch.linspace(0, 1, 7, dtype=x.dtype)
+    assert len(kept.pieces) == 7 or window > 1
+    torch.testing.assert_close(square, expected.flatten(1).square().sum(1))
+    torch.testing.assert_close(kept.weighted_sum(w), torch.tensordot(w, expected, 1))
+    torch.testing.assert_close(kept.keep(w > 0.5).weighted_sum(w), torch.tensordot(w * (w > 0.5), expected, 1))
+
+
+def test_convolutions_by_groups_in_float32() -> None:
+    x, g = normal(9, 5, 17, 16).float(), normal(9, 3, 17, 16, seed=1).float()
+    use = uses.ConvUse(x, g, (3, 3), (1, 1), (1, 1), 1, ((1, 1), (1, 1)))
+    wide = uses.ConvUse(x.double(), g.double(), (3, 3), (1, 1), (1, 1), 1, ((1, 1), (1, 1)))
+    assert use.suits_groups() and not wide.suits_groups()
+    torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)

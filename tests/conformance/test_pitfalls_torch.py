@@ -19,6 +19,7 @@ from dptrain_torch.engine import full_batch
 from dptrain_torch.gradients import Batch, bounded_sum
 from dptrain_torch.losses import cross_entropy
 from dptrain_torch.update import privatize, zeros
+from dptrain_torch.uses import LinearUse
 from tests.conformance.torch_oracle import assert_exact, fill, slow_layers
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -428,7 +429,7 @@ def test_a_lean_sum_keeps_no_per_sample_gradient_and_is_the_same(tied: bool) -> 
     class Watched(gradients.Accumulator):
         def finish(self, name: str) -> None:
             super().finish(name)
-            kept.extend(use for use in self.ready[name] if isinstance(use, gradients.DirectUse) and use.gradient.dim() == 3)
+            kept.extend(use for use in self.ready[name] if use.instantiate().dim() == 3 and not isinstance(use, LinearUse))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradients, "Accumulator", Watched)
@@ -436,6 +437,26 @@ def test_a_lean_sum_keeps_no_per_sample_gradient_and_is_the_same(tied: bool) -> 
         assert not kept
         torch.testing.assert_close(lean, bounded_sum(model, cross_entropy, full_batch(X, Y), plan).sums, rtol=1e-12, atol=1e-15)
         assert len(kept) == len(plan.layers)
+
+
+def test_a_lean_sum_keeps_what_is_smaller() -> None:
+    """Eight positions of 3 + 4 numbers are more than a gradient of 12, one is not."""
+    for positions, smaller in ((8, True), (1, False)):
+        x = torch.randn(5, positions, 3, dtype=torch.float64)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(4 * positions, 3)).double()
+        plan, kept = make_plan(model, x, "per_sample", max_grad_norm=0.1), {}
+
+        class Watched(gradients.Accumulator):
+            def finish(self, name: str) -> None:
+                super().finish(name)
+                kept[name] = self.ready[name][0]  # noqa: B023
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gradients, "Accumulator", Watched)
+            lean = bounded_sum(model, cross_entropy, full_batch(x, torch.arange(5) % 3), plan, lean=True).sums
+        assert isinstance(kept["0.weight"], LinearUse) != smaller
+        expected = bounded_sum(model, cross_entropy, full_batch(x, torch.arange(5) % 3), plan).sums
+        torch.testing.assert_close(lean, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_padding_has_weight_zero_whatever_it_holds() -> None:

@@ -187,7 +187,7 @@ def test_biases_alone_need_no_work_on_weights(strategy: str, monkeypatch: pytest
         raise AssertionError("work on a weight that is frozen")
 
     for cls in (LinearUse, ConvUse, EmbeddingUse):
-        for method in ("instantiate", "inner", "weighted_sum", "square"):
+        for method in ("instantiate", "in_parts", "inner", "weighted_sum", "square"):
             monkeypatch.setattr(cls, method, never)
     monkeypatch.setattr(F, "group_norm", counted(F.group_norm, seen := []))
     exact(model, IMAGES[:, :, :4, :4].contiguous(), Y)
@@ -233,6 +233,28 @@ def test_biases_alone_store_no_inputs(bias_only: bool) -> None:
     kept = sum(t.untyped_storage().nbytes() for call in tap.calls for t in call.args)
     assert kept == 4 * len(tap.calls) if bias_only else kept == 4 * B * (5 + 6 * (FIRST_CALLS + 1))
     assert output.requires_grad
+
+
+def test_outputs_that_nothing_needs_are_not_kept() -> None:
+    """What a normalisation gives to an activation is freed in the forward pass, as in plain training."""
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            between.append(weakref.ref(x))
+            return x
+
+    between: list[Any] = []
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.LayerNorm(6), Look(), nn.ReLU(), nn.Linear(6, 6), nn.LayerNorm(6), Look(), nn.ReLU(), nn.Linear(6, 3)
+    )
+    for first, kept in ((0, [False, False]), (FIRST_CALLS, [True, False])):
+        between.clear()
+        with Tap(find_units(model), B, first=first) as tap:
+            output = model(torch.randn(B, 5))
+        gc.collect()
+        assert [ref() is not None for ref in between] == kept
+        assert [call.outputs[0].shape for call in tap.calls] == [(B, 6)] * 4 + [(B, 3)]
+        assert output.requires_grad
 
 
 def test_overwriting_an_input_does_not_matter_to_a_bias() -> None:

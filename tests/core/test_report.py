@@ -632,3 +632,10 @@ def test_the_command_prints_the_statement(run, tmp_path):
     printed = json.loads(out)
     assert printed["privacy"] == stated(made)
     assert printed["files"] == [str(tmp_path / "out" / name) for name in OUTPUTS]
+
+
+def test_names_that_no_file_system_takes_are_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dptrain", "report", "x" * 5000])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "is not a directory" in capsys.readouterr().err

@@ -518,7 +518,7 @@ def kill_and_resume(fork, run, out: Path, seed: int, kills: int):
     counts = [killed(fork, run, out, 0, rng.uniform(0, 0.3))]
     counts += [killed(fork, run, out, rng.randint(1, 9), rng.uniform(0, 0.004)) for _ in range(kills - 1)]
     assert counts == sorted(counts)
-    assert 0 < counts[-1] < 150
+    assert 0 < counts[1] < 150 >= counts[-1]  # on a machine in use the last kill may come after the end
     return dptrain.train(run, out=out)
 
 
