@@ -23,6 +23,7 @@ import numpy as np
 from accounting import NeighboringRelation
 from dptrain.auditing import pool
 from dptrain.auditing.bounds import Array, Guesses, guess
+from dptrain.auditing.runwatch import RunWatch
 from dptrain.auditing.watch import Watch, owner_parameters
 from dptrain.backend import Backend
 from dptrain.guard import Records
@@ -30,7 +31,7 @@ from dptrain.plan import Group, Plan
 from dptrain.randomness import StepNoise
 from dptrain.rundir import RunDirectory
 from dptrain.setup import Setup
-from dptrain.trainer import Loop, Progress
+from dptrain.trainer import Loop, Progress, TrainResult
 
 
 @dataclass
@@ -161,12 +162,16 @@ class Outcome:
         white: guesses from every release; None if there were no such canaries.
         black: guesses from the finished model; None likewise.
         loop: the run, for its ledger, its plan in force and its sampler.
+        watch: saw its releases.
+        result: what the run said of itself.
         scores: by kind, with the coins, for plots.
     """
 
     white: Guesses | None
     black: Guesses | None
     loop: Loop
+    watch: RunWatch
+    result: TrainResult
     scores: dict[str, tuple[Array, np.ndarray]] = field(default_factory=dict)
 
 
@@ -186,6 +191,8 @@ def run(setup: Setup, sigma: float, vectors: int, examples: int, seed: int, prog
     rng = np.random.default_rng([seed, 1])
     opposite = NeighboringRelation(setup.config.privacy.relation) is NeighboringRelation.replace_one
     watch: VectorWatch | None = None
+    seen = RunWatch(setup.backend, setup, np.random.default_rng([seed, 4]))
+    setup = replace(setup, backend=seen)  # type: ignore[arg-type]
     if vectors:
         sizes = {name: value.size for name, value in setup.backend.parameters(setup.model).items()}
         watch = VectorWatch(setup.backend, place(sizes, setup.plan, vectors, opposite, rng), setup.sample_rate, rng)
@@ -200,12 +207,13 @@ def run(setup: Setup, sigma: float, vectors: int, examples: int, seed: int, prog
     before = setup.backend.losses(setup.model, setup.loss, x, y) if len(rows) else np.zeros(0)
     with RunDirectory(None, setup.config, setup.backend.name, {}) as directory:
         loop = Loop(setup, directory, threading.Event(), sigma, Records(directory.ledger))
+        seen.ledger = loop.ledger
         if len(rows):
             instead = np.arange(len(data.x_train))
             instead[clean:][~inside] = rows[~inside] if opposite else -1
             loop.step = replace(loop.step, sampler=Replacing(loop.step.sampler, instead))  # type: ignore[arg-type]
-        loop.run(progress, None)
-    found = Outcome(None, None, loop)
+        result = loop.run(progress, None)
+    found = Outcome(None, None, loop, seen, result)
     if watch is not None:
         found.white, found.scores["white"] = guess(watch.scores, watch.vectors.inside), (watch.scores, watch.vectors.inside)
     if len(rows):

@@ -6,6 +6,7 @@ canaries gives a lower bound on the epsilon of the whole (``onerun``). An audit 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,17 @@ from typing import Any
 import numpy as np
 
 from accounting import get_accountant
-from accounting.prv import PRVAccountant
-from dptrain.auditing import checks, game, onerun, pool
-from dptrain.auditing.bounds import FALSE_ALARM, Guesses
+from dptrain.auditing import checks, game, joint, noises, onerun, pool, runwatch, spent
+from dptrain.auditing.bounds import FALSE_ALARM, Array, Guesses
 from dptrain.auditing.findings import Audit, Finding
+from dptrain.auditing.normal import shape
 from dptrain.auditing.subject import Subject
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.errors import ConfigError
-from dptrain.mechanism import FLOAT_MARGIN, effective_noise_multiplier
+from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.setup import Setup, prepare
-from dptrain.trainer import Loop, Progress, noise_multiplier
+from dptrain.trainer import Progress, noise_multiplier
 
 SMALL_DELTAS = (1e-7, 1e-9, 1e-12)
 
@@ -107,15 +108,22 @@ def audit_setup(
     sigma = noise_multiplier(setup.config, setup.sample_rate, setup.num_steps)
     outcome = onerun.run(setup, sigma, canaries, examples, seed, progress)
     loop = outcome.loop
-    findings.append(checks.sampling(getattr(loop.step.sampler, "sampler", loop.step.sampler)))
+    sampler = getattr(loop.step.sampler, "sampler", loop.step.sampler)
+    findings += [checks.sampling(sampler), joint.joint_sampling(sampler, setup.num_steps)]
     trained = replace(setup, plan=loop.in_force.plan) if loop.in_force else setup
     findings += bound_findings(trained, "trained weights", seed)
+    findings += [runwatch.noise_finding(outcome.watch), runwatch.post_processing(outcome.watch, seed)]
+    setup.backend.set_weights(setup.model, start)
+    findings.append(runwatch.other_run(loop, sigma))
     setup.backend.set_weights(setup.model, start)
     accountant = get_accountant(privacy.accountant, privacy.relation)
     # A claim at one delta is one at all of them, and small ones are what many canaries can refute.
-    claims = [(accountant.epsilon(loop.ledger.events, delta), delta) for delta in (privacy.target_delta, *SMALL_DELTAS)]
+    events = loop.ledger.events
+    claims = [(accountant.epsilon(events, delta), delta) for delta in (privacy.target_delta, *SMALL_DELTAS)]
     claimed = claims[0][0]
-    findings += [run_ledger(setup, loop), accountant_finding(claimed, loop.ledger.events, setup)]
+    findings += [run_ledger(setup, outcome), spent.accountant_finding(events, setup, outcome.result.privacy)]
+    drawn = spent.losses_finding(events, setup, seed)
+    findings += [drawn] if drawn is not None else []
     lowest = 0.0
     kinds = [("one run, gradient-space canaries", outcome.white), ("one run, mislabelled examples", outcome.black)]
     used = [(name, found) for name, found in kinds if found is not None]
@@ -128,27 +136,21 @@ def audit_setup(
     )
 
 
-def run_ledger(setup: Setup, loop: Loop) -> Finding:
-    """The run's ledger holds every step, at the rate and with the noise that it had."""
+def run_ledger(setup: Setup, outcome: onerun.Outcome) -> Finding:
+    """The run's ledger holds every step, before the weights change, at the rate and with the noise that it had."""
+    loop, watch = outcome.loop, outcome.watch
     events, counted = loop.ledger.events, loop.ledger.num_releases
-    noise = effective_noise_multiplier(setup.plan, loop.stds or {}, setup.config.privacy.relation)
+    noise = min(watch.claims, default=math.inf)
     rate = float(loop.step.sampler.sample_rate)
     quiet = max((checks.claim(event) for event, _ in events), default=0.0)
     rare = min((getattr(event, "sample_rate", rate) for event, _ in events), default=1.0)
-    right = counted >= setup.num_steps and quiet <= noise * (1 + 1e-9) and rare >= rate * (1 - 1e-9)
+    enough = counted >= max(setup.num_steps, watch.releases) and not watch.late
+    right = enough and quiet <= noise * (1 + 1e-9) and rare >= rate * (1 - 1e-9)
     text = (
-        f"{counted} releases recorded for {setup.num_steps} steps, at noise multiplier {quiet:.6g} (in truth {noise:.6g}) and sample rate "
-        f"{rare:.6g} (in truth {rate:.6g})"
+        f"{counted} releases recorded for {setup.num_steps} steps, {watch.late} of them after the weights had changed, at noise multiplier "
+        f"{quiet:.6g} (in truth {noise:.6g}) and sample rate {rare:.6g} (in truth {rate:.6g})"
     )
     return Finding("ledger of the run", bool(right), text, {"recorded": float(counted), "steps": float(setup.num_steps)})
-
-
-def accountant_finding(claimed: float, events: Any, setup: Setup) -> Finding:
-    """The epsilon that would be printed is not below what is certified to be the least."""
-    privacy = setup.config.privacy
-    least = PRVAccountant(privacy.relation).detail(events, privacy.target_delta).lower
-    text = f"accountant {privacy.accountant} says {claimed:.6g}; the recorded releases have at least {least:.6g}"
-    return Finding("accountant", bool(claimed >= least * (1 - 1e-9)), text, {"claimed": claimed, "certified_least": least})
 
 
 def subject_of(setup: Setup, seed: int) -> Subject:
@@ -159,13 +161,20 @@ def subject_of(setup: Setup, seed: int) -> Subject:
 
 def step_findings(setup: Setup, trials: int, delta: float, seed: int) -> list[Finding]:
     """Everything about single steps, at the first weights."""
-    subject = subject_of(setup, seed)
+    x, y = pool.candidates(setup.config, setup.data, seed, strange=True)
+    subject = Subject(setup, x, y)
     alone = checks.contributions(subject)
+    findings = bound_findings(setup, "first weights", seed, subject, alone)
+    findings += moved_findings(subject, alone)
+    alone = [np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in alone]  # what is not finite has been found by now
     seen = checks.residuals(subject, alone)
-    findings = bound_findings(setup, "first weights", seed, subject)
+    steps, probed = noises.probes(subject, seed)
+    values = np.concatenate([v for kind in seen.values() for v in kind] + probed)[: noises.MOST_VALUES]
     if proven(setup):
         findings.append(constant_weights(setup))
-    findings += [checks.noise(subject, seen), checks.shape(seen), checks.independence(subject, seen)]
+    findings += [checks.noise(subject, seen, alone), shape(values), checks.independence(subject, seen)]
+    findings += [noises.later_steps(subject, steps, probed), noises.key_of_the_noise(subject)]
+    findings.append(noises.keys(setup.config.privacy.unsafe_seed))
     if trials:
         findings.append(game.distinguish(subject, alone, max(trials, 40), delta, seed))
     if setup.plan.count is not None:
@@ -174,11 +183,28 @@ def step_findings(setup: Setup, trials: int, delta: float, seed: int) -> list[Fi
     return findings
 
 
-def bound_findings(setup: Setup, when: str, seed: int, subject: Subject | None = None) -> list[Finding]:
+def bound_findings(setup: Setup, when: str, seed: int, subject: Subject | None = None, alone: list[Array] | None = None) -> list[Finding]:
     """Sensitivity at the present weights: enforced bounds, or proven ones under attack too."""
     subject = subject or subject_of(setup, seed)
-    findings = [checks.sensitivity(subject, checks.contributions(subject), when)]
+    alone = checks.contributions(subject) if alone is None else alone
+    found = checks.changes(subject, alone)
+    findings = [checks.sensitivity(subject, found, when), checks.joint_sensitivity(subject, alone, found, when)]
     return [*findings, attacked(setup, when)] if proven(setup) else findings
+
+
+def moved_findings(subject: Subject, alone: list[Array]) -> list[Finding]:
+    """The bounds that a moving clipping norm claims, at a small and at a large one."""
+    setup, strategy = subject.setup, subject.setup.config.strategy
+    findings = []
+    if strategy.adaptive is None:
+        return []
+    for scale in (0.2, min(5.0, strategy.most(setup.info))):
+        subject.claimed = strategy.refresh(setup.plan, setup.info, scale)
+        subject.factor = (strategy.executed(setup.plan, setup.info, scale),)
+        found = checks.changes(subject, checks.contributions(subject))
+        findings.append(checks.sensitivity(subject, found, f"clipping norm times {scale:g}"))
+    subject.claimed, subject.factor = setup.plan, ()
+    return findings
 
 
 def proven(setup: Setup) -> bool:
