@@ -129,6 +129,8 @@ def replaces(subject: Subject) -> bool:
 def noise_over_sensitivity(plan: Plan, stds: Mapping[str, float], relation: NeighboringRelation | str) -> float:
     """Equation (1) of math.md, which audits compute themselves: what they look at may be a broken ``mechanism``."""
     factor = 2.0 if NeighboringRelation(relation) is NeighboringRelation.replace_one else 1.0
+    if any(not stds[group.name] > 0 for group in plan.groups):
+        return 0.0
     return 1.0 / math.sqrt(math.fsum((factor * group.norm_bound / stds[group.name]) ** 2 for group in plan.groups))
 
 
@@ -139,12 +141,19 @@ def crowd(alone: list[Array], count: int) -> list[int]:
 
 
 def residuals(subject: Subject, alone: list[Array], repeats: int = 8) -> dict[str, list[Array]]:
-    """Noise as an attacker who knows everything else sees it, for an empty batch, one physical batch, and several."""
+    """Noise as an attacker who knows everything else sees it, for an empty batch, one physical batch, and several.
+
+    In the batch of many, whose sum is large, even a small part of it that gets past the noise shows.
+    """
     found: dict[str, list[Array]] = {}
-    for name, size in (("empty batch", 0), ("one physical batch", subject.size - 1), ("several physical batches", 3 * subject.size - 1)):
+    kinds = (
+        ("empty batch", 0, repeats), ("one physical batch", subject.size - 1, repeats),
+        ("several physical batches", 3 * subject.size - 1, repeats), ("many physical batches", 32 * subject.size - 1, 2),
+    )  # fmt: skip
+    for name, size, count in kinds:
         indices = crowd(alone, size)
         found[name] = []
-        for _ in range(repeats):
+        for _ in range(count):
             exact = subject.total(indices)
             found[name].append(subject.release(indices) - exact)
     return found

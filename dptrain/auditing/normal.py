@@ -15,6 +15,7 @@ FAR = 6.0
 KEPT = 20_000  # numbers of a vector that are compared with those of others
 LONGEST = 2**17  # numbers of a parameter that are compared with each other
 FEW = 8  # numbers, of which two independent vectors are never in the same direction
+MOST_EQUAL = 8  # of a hundred thousand normal numbers in float32, which may be equal
 TAILS = (2.0, 3.0, 4.0, 5.0)
 
 
@@ -58,7 +59,7 @@ def shape(values: Array) -> Finding:
     Args:
         values: whitened noise.
     Returns:
-        The finding at one in a million: Kolmogorov and Smirnov's test, binomial tests of the tails and a count of equal numbers.
+        The finding at one in a million: Kolmogorov and Smirnov's test, binomial tests of the tails and counts of equal numbers.
     """
     from scipy.stats import binom, kstest, norm  # type: ignore[import-untyped]
 
@@ -72,9 +73,11 @@ def shape(values: Array) -> Finding:
         found.append((p, f"{beyond} beyond {tail:g} standard deviations, where {chance * len(values):.4g} are expected"))
     p, worst = min(found)
     some = np.abs(values[:100_000])
-    repeated = 1.0 - len(np.unique(some.astype(np.float32))) / len(some)
-    passed = p > FALSE_ALARM / len(found) and repeated <= 0.02
+    different, times = np.unique(some.astype(np.float32), return_counts=True)
+    repeated = 1.0 - len(different) / len(some)
+    passed = p > FALSE_ALARM / len(found) and repeated <= 0.02 and times.max() <= MOST_EQUAL
     text = f"{len(values)} values: {worst} (p = {p:.3g}); {repeated:.2%} of them repeat another up to the sign"
+    text += f", one {times.max()} times" if times.max() > MOST_EQUAL else ""
     return Finding("shape of the noise", bool(passed), text, {"distance": float(result.statistic), "p_value": p, "repeated": repeated})
 
 
@@ -89,12 +92,12 @@ def directions(seen: Mapping[str, Sequence[Array]], along: Mapping[str, Array]) 
     Returns:
         (p-value, standard deviation, name) of each.
     """
-    draws = np.stack([v for kind in seen.values() for v in kind])
     found = []
-    for name, direction in along.items():
-        length = float(np.linalg.norm(direction))
-        if length > 0 and math.isfinite(length):
-            found.append((*variance_test(draws @ (direction / length)), name))
+    for kind, draws in seen.items():
+        for name, direction in along.items():
+            length = float(np.linalg.norm(direction))
+            if length > 0 and math.isfinite(length):
+                found.append((*variance_test(np.stack(draws) @ (direction / length)), f"{name}, {kind}"))
     return found
 
 

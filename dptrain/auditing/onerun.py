@@ -33,6 +33,8 @@ from dptrain.rundir import RunDirectory
 from dptrain.setup import Setup
 from dptrain.trainer import Loop, Progress, TrainResult
 
+TINY = 1e-6  # of a bound, in place of no noise at all, under which every canary shows
+
 
 @dataclass
 class Vectors:
@@ -111,7 +113,8 @@ class VectorWatch(Watch):
         """Add this release's log-likelihood ratio of in against out, exact for a Poisson-sampled Gaussian."""
         along, square = np.zeros(len(self.scores)), 0.0
         for group in groups:
-            weight, places = group.norm_bound / stds[group.name] ** 2, self.vectors.places[group.name]
+            std = max(stds[group.name], TINY * group.norm_bound)
+            weight, places = group.norm_bound / std**2, self.vectors.places[group.name]
             along += weight * np.array([float(seen[name].flat[i]) - float(exact[name].flat[i]) for name, i in places])
             square += weight * group.norm_bound
         self.scores += self._log_mix(along - square / 2)

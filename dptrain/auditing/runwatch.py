@@ -109,7 +109,7 @@ class RunWatch(Watch):
         for name in seen:
             known = any(name in layer.params for layer in self._plan.layers)
             group = plan_owner(self._plan, name) if known else ""
-            std = self._stds.get(group, math.nan)
+            std = self._stds.get(group, math.nan) or math.nan  # what is claimed to have no noise is not private
             values = (np.asarray(seen[name], np.float64).ravel() - np.asarray(exact[name], np.float64).ravel()) / std
             if values.size == 0:
                 continue
