@@ -23,7 +23,6 @@ MOST_NUMBERS = 2**25  # in all probes together; what larger models get is fewer 
 MOST_PROBES, FEWEST_PROBES = 128, 12
 FURTHEST = 100_000  # step indices up to which noise is looked at, whatever the run's length
 BITS = 128
-MOST_VALUES = 1_000_000  # that the shape of the noise is judged by
 
 
 def probe_steps(num_steps: int, count: int, rng: np.random.Generator) -> list[int]:
@@ -38,7 +37,7 @@ def probe_steps(num_steps: int, count: int, rng: np.random.Generator) -> list[in
     """
     end = max(num_steps, FURTHEST)
     bases = [2**k for k in range(4, 17)] + [m * 10**k for k in range(1, 6) for m in (1, 5)]
-    listed = [*range(12), *(b + off for b in rng.permutation(bases) for off in (0, -1)), num_steps - 1]
+    listed = [*range(12), num_steps - 1, *(b + off for b in rng.permutation(bases) for off in (0, -1))]
     half = list(dict.fromkeys(int(t) for t in listed if 0 <= t < end))[: max(12, count // 2)]
     rest = [int(t) for t in rng.integers(0, end, count)]
     return sorted(list(dict.fromkeys([*half, *rest]))[:count])
@@ -111,14 +110,14 @@ def key_of_the_noise(subject: Subject) -> Finding:
     return Finding("key of the noise", bool(passed), text, {"repeatable": float(same), "largest_correlation": alike})
 
 
-def keys(unsafe_seed: int | None, count: int = 2**15) -> Finding:
+def keys(unsafe_seed: int | None, count: int = 2**14) -> Finding:
     """Keys are never made twice, and every bit of them is a fair coin.
 
     Args:
         unsafe_seed: of the config; with it the keys follow from a number that is no secret.
         count: keys of either purpose.
     Returns:
-        The finding. Keys with fewer than about 28 random bits repeat among so many; no test can tell a secret key from one that only looks
+        The finding. Keys with fewer than about 27 random bits repeat among so many; no test can tell a secret key from one that only looks
         random.
     """
     if unsafe_seed is not None:

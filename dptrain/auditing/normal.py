@@ -15,6 +15,7 @@ FAR = 6.0
 KEPT = 20_000  # numbers of a vector that are compared with those of others
 LONGEST = 2**17  # numbers of a parameter that are compared with each other
 FEW = 8  # numbers, of which two independent vectors are never in the same direction
+MOST_VALUES = 1_000_000  # that the shape of the noise is judged by
 MOST_EQUAL = 8  # of a hundred thousand normal numbers in float32, which may be equal
 TAILS = (2.0, 3.0, 4.0, 5.0)
 
@@ -50,6 +51,12 @@ def most_alike(seen: Sequence[Array]) -> tuple[float, tuple[int, int]]:
     return math.inf if same else float(gram.max()), (int(first), int(second))
 
 
+def some(vectors: Sequence[Array]) -> Array:
+    """The first numbers of some vectors, in one."""
+    enough = np.cumsum([len(v) for v in vectors]).searchsorted(MOST_VALUES) + 1
+    return np.concatenate(vectors[: int(enough)])[:MOST_VALUES]
+
+
 def shape(values: Array) -> Finding:
     """The noise must be normal, its tails included, and it must not repeat numbers.
 
@@ -72,32 +79,38 @@ def shape(values: Array) -> Finding:
         p = 2 * min(float(binom.cdf(beyond, len(values), chance)), float(binom.sf(beyond - 1, len(values), chance)))
         found.append((p, f"{beyond} beyond {tail:g} standard deviations, where {chance * len(values):.4g} are expected"))
     p, worst = min(found)
-    some = np.abs(values[:100_000])
-    different, times = np.unique(some.astype(np.float32), return_counts=True)
-    repeated = 1.0 - len(different) / len(some)
+    few = np.abs(values[:100_000])
+    different, times = np.unique(few.astype(np.float32), return_counts=True)
+    repeated = 1.0 - len(different) / len(few)
     passed = p > FALSE_ALARM / len(found) and repeated <= 0.02 and times.max() <= MOST_EQUAL
     text = f"{len(values)} values: {worst} (p = {p:.3g}); {repeated:.2%} of them repeat another up to the sign"
     text += f", one {times.max()} times" if times.max() > MOST_EQUAL else ""
     return Finding("shape of the noise", bool(passed), text, {"distance": float(result.statistic), "p_value": p, "repeated": repeated})
 
 
-def directions(seen: Mapping[str, Sequence[Array]], along: Mapping[str, Array]) -> list[tuple[float, float, str]]:
+def directions(seen: Mapping[str, Sequence[Array]], along: Sequence[Array], places: Mapping[str, slice]) -> list[tuple[float, float, str]]:
     """Tests of the variance of the noise along some directions, as ``variance_test`` with a name.
 
     Noise may have the right variance in every number and none along the direction that an example moves.
 
     Args:
         seen: kind -> residuals.
-        along: name -> direction, of any length but zero.
+        along: what each example adds.
+        places: name -> numbers whose mean is looked at.
     Returns:
         (p-value, standard deviation, name) of each.
     """
     found = []
     for kind, draws in seen.items():
-        for name, direction in along.items():
-            length = float(np.linalg.norm(direction))
-            if length > 0 and math.isfinite(length):
-                found.append((*variance_test(np.stack(draws) @ (direction / length)), f"{name}, {kind}"))
+        for i, vector in enumerate(along):
+            length = float(np.linalg.norm(vector))
+            if length > 0:
+                values = np.array([float(draw @ vector) for draw in draws]) / length
+                found.append((*variance_test(values), f"the direction of example {i}, {kind}"))
+        for place, where in places.items():
+            if where.stop > where.start:
+                values = np.array([float(draw[where].sum()) for draw in draws]) / math.sqrt(where.stop - where.start)
+                found.append((*variance_test(values), f"the mean of {place}, {kind}"))
     return found
 
 

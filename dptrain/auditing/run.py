@@ -18,7 +18,7 @@ from accounting import get_accountant
 from dptrain.auditing import checks, game, joint, noises, onerun, pool, runwatch, spent
 from dptrain.auditing.bounds import FALSE_ALARM, Array, Guesses
 from dptrain.auditing.findings import Audit, Finding
-from dptrain.auditing.normal import shape
+from dptrain.auditing.normal import shape, some
 from dptrain.auditing.subject import Subject
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset
@@ -169,7 +169,7 @@ def step_findings(setup: Setup, trials: int, delta: float, seed: int) -> list[Fi
     alone = [np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in alone]  # what is not finite has been found by now
     seen = checks.residuals(subject, alone)
     steps, probed = noises.probes(subject, seed)
-    values = np.concatenate([v for kind in seen.values() for v in kind] + probed)[: noises.MOST_VALUES]
+    values = some([*probed, *(v for kind in seen.values() for v in kind)])
     if proven(setup):
         findings.append(constant_weights(setup))
     findings += [checks.noise(subject, seen, alone), shape(values), checks.independence(subject, seen)]

@@ -570,3 +570,70 @@ def stops_early(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Setup:
     true = trainer.Loop.steps
     monkeypatch.setattr(trainer.Loop, "steps", lambda self: range(true(self).start, true(self).stop - 1))
     return setup
+
+
+# What breaks, the config that shows it, a finding that must fail, and the frameworks that it is written for.
+BOTH, TORCH = ("torch", "tensorflow"), ("torch",)
+ADAM: dict[str, Any] = {"optimizer": {"name": "adam", "learning_rate": 0.01}}
+MOVING: dict[str, Any] = {"strategy": {"name": "mixed_ghost", "max_grad_norm": {"initial": 1.0}}}
+LAYERS: dict[str, Any] = {"strategy": {"name": "mixed_ghost", "grouping": "per_layer"}}
+LOUD: dict[str, Any] = {"privacy": {"noise_multiplier": 6.0, "accountant": "rdp"}}
+LONG: dict[str, Any] = {"steps": 12}
+CLIPLESS: dict[str, Any] = {"strategy": "clipless"}
+SENSITIVITY, JOINT = "sensitivity (first weights)", "joint sensitivity (first weights)"
+SHAPE, INDEPENDENCE = "shape of the noise", "independence of the noise"
+
+CASES: dict[str, tuple[Break, dict[str, Any], str, tuple[str, ...]]] = {
+    "laplace noise": (by(Laplace), {}, SHAPE, BOTH),
+    "noise with heavy tails": (by(HeavyTails), {}, SHAPE, BOTH),
+    "noise without tails": (by(CutTails), {}, SHAPE, BOTH),
+    "rounded noise": (by(Rounded), {}, SHAPE, BOTH),
+    "parameters with common noise": (by(Correlated), {}, INDEPENDENCE, BOTH),
+    "rows with the same noise": (by(RowsAlike), {}, INDEPENDENCE, BOTH),
+    "mirrored noise": (by(Mirrored), {}, INDEPENDENCE, BOTH),
+    "permuted noise": (by(Permuted), {}, SHAPE, BOTH),
+    "noise without its mean": (by(WithoutMean), {}, "noise", BOTH),
+    "no noise along the sum": (by(AcrossTheSum), {}, "noise", BOTH),
+    "noise of a global generator": (by(GlobalGenerator), {}, "key of the noise", BOTH),
+    "noise seeded by the step": (by(SeededByStep), {}, "key of the noise", BOTH),
+    "32 bits of the key": (by(ShortKey), {}, "key of the noise", BOTH),
+    "no noise in every tenth step": (by(EveryTenthStep), LONG, "noise of the run", BOTH),
+    "no noise in every tenth call": (by(EveryTenthCall), {}, "noise", BOTH),
+    "half the noise after 1000 steps": (by(QuietLater), {}, "noise of later steps", BOTH),
+    "fading noise": (by(Fading), {}, "noise of later steps", BOTH),
+    "noise that repeats after 256 steps": (by(Periodic), {}, "noise of later steps", BOTH),
+    "noise with a ceiling": (by(Capped), LOUD, "noise of the run", BOTH),
+    "noise shared among physical batches": (by(Shared), {}, "noise", BOTH),
+    "raw sums in the optimizer": (by(RawMomentum), ADAM, "post-processing", BOTH),
+    "a learning rate from the raw norm": (by(RateByNorm), {}, "post-processing", BOTH),
+    "a part of the raw sum after the noise": (raw_after_noise, {}, "noise", BOTH),
+    "padding that counts": (by(PaddingCounts), {}, SENSITIVITY, BOTH),
+    "a moving clip that is not enforced": (by(FactorIgnored), MOVING, "sensitivity (clipping norm times 0.2)", BOTH),
+    "a count of whole examples": (by(CountsDouble), MOVING, SENSITIVITY, BOTH),
+    "a loss clip that is forgotten": (by(LossClipForgotten), CLIPLESS, SENSITIVITY, BOTH),
+    "twice the norm for large gradients": (clip_by(twice_for_large), {}, SENSITIVITY, BOTH),
+    "clipping by the mean norm": (clip_by(mean_norm), {}, SENSITIVITY, BOTH),
+    "norms in half precision": (clip_by(low_norm), {}, SENSITIVITY, BOTH),
+    "norms without biases": (bias_left_out, {}, SENSITIVITY, BOTH),
+    "examples that are not finite": (not_finite_passes, {}, SENSITIVITY, TORCH),
+    "bounds that are small by root 2": (smaller_bounds(2**0.5), CLIPLESS, "proven bounds (constant weights)", BOTH),
+    "bounds below what is clipped": (smaller_bounds(1.1), {}, SENSITIVITY, BOTH),
+    "every second release recorded": (every_second_release, {}, "ledger of the run", BOTH),
+    "recorded after the update": (recorded_after, {}, "ledger of the run", BOTH),
+    "events with more noise": (event_by(1.2, 1), {}, JOINT, BOTH),
+    "events with less sampling": (event_by(1, 0.5), {}, "ledger of the run", BOTH),
+    "groups accounted apart": (groups_apart, LAYERS, JOINT, BOTH),
+    "an accountant without history": (forgets_counts, {}, "accountant", TORCH),
+    "all accountants wrong": (both_accountants, {}, "drawn losses", TORCH),
+    "a statement with half the epsilon": (statement_too_low, {}, "accountant", TORCH),
+    "a trainer with a step of its own": (quiet_step, LONG, "noise of the run", BOTH),
+    "a run that stops early": (stops_early, {}, "ledger of the run", TORCH),
+    "pairs drawn together": (draws_by(Pairs), {}, "sampling of pairs", TORCH),
+    "one pair drawn together": (draws_by(OnePair), {}, "sampling of pairs", TORCH),
+    "every seventh batch alike": (draws_by(Weekly), {}, "sampling of pairs", TORCH),
+    "batches that avoid each other": (draws_by(Antithetic), {}, "sampling of pairs", TORCH),
+    "more examples in the first steps": (draws_by(OftenAtFirst), {}, "sampling of pairs", TORCH),
+    "batches of a fixed seed": (draws_by(NoKey), {}, "two runs", TORCH),
+    "keys of a fixed seed": (keys_by(fixed_key), {}, "keys", TORCH),
+    "keys of twenty bits": (keys_by(short_key), {}, "keys", TORCH),
+}
