@@ -111,7 +111,7 @@ def audit_setup(
     sampler = getattr(loop.step.sampler, "sampler", loop.step.sampler)
     findings += [checks.sampling(sampler), joint.joint_sampling(sampler, setup.num_steps)]
     trained = replace(setup, plan=loop.in_force.plan) if loop.in_force else setup
-    findings += bound_findings(trained, "trained weights", seed)
+    findings += [*bound_findings(trained, "trained weights", seed), runwatch.own_batches(loop, seed)]
     findings += [runwatch.noise_finding(outcome.watch), runwatch.post_processing(outcome.watch, seed)]
     setup.backend.set_weights(setup.model, start)
     findings.append(runwatch.other_run(loop, sigma))

@@ -20,17 +20,20 @@ from dptrain.auditing.bounds import FALSE_ALARM, Array
 from dptrain.auditing.checks import noise_over_sensitivity
 from dptrain.auditing.findings import Finding
 from dptrain.auditing.normal import furthest_normal, most_alike, variance_test
-from dptrain.auditing.watch import Watch, plan_owner
+from dptrain.auditing.watch import Watch, flat, plan_owner
 from dptrain.guard import Records
+from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
 from dptrain.randomness import NOISE, StepNoise
 from dptrain.rundir import RunDirectory
+from dptrain.sampling import physical_batches
 from dptrain.setup import Setup
 from dptrain.trainer import Loop
 
 KEPT_NUMBERS = 4_000_000  # of the residuals of all steps, for correlations between steps
 REPLAYED_NUMBERS = 2**25  # of the releases that are kept to be applied again
 MOST_REPLAYED = 24
+LEFT_OUT = 12  # examples that are left out of a batch, one after the other
 ULPS = 64  # rounding that a replay may differ by, in units of the last place of the largest number of an array
 
 
@@ -185,6 +188,40 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
         return 0.0
     gap, unit = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()), np.finfo(a.dtype)
     return gap / (float(unit.eps) * max(float(np.abs(a).max()), float(unit.tiny))) if math.isfinite(gap) else math.inf
+
+
+def own_batches(loop: Loop, seed: int) -> Finding:
+    """Sensitivity in physical batches of the run's own size, with the step that the run has compiled, at its last weights.
+
+    The checks of single steps use small batches; what happens in large ones alone, as between examples that a layer mixes, shows here.
+
+    Returns:
+        The finding; exact, up to ``FLOAT_MARGIN``.
+    """
+    setup, backend, step = loop.setup, loop.backend, loop.step
+    plan = loop.in_force.plan if loop.in_force else setup.plan
+    factor = (step.update.factor,) if loop.in_force else ()  # type: ignore[attr-defined]
+    x, y = pool.candidates(setup.config, setup.data, seed + 2)
+    rng = np.random.default_rng([seed, 5])
+
+    def total(rows: np.ndarray) -> dict[str, np.ndarray]:
+        backend.seed_dropout(setup.model, setup.config.seed, 0)
+        found = None
+        for part, mask in physical_batches(rows, step.physical_batch_size):
+            more = step._sum(backend.batch(x[part], y[part], mask, *factor))  # type: ignore[attr-defined]
+            found = more if found is None else backend.add(found, more)
+        return flat(backend.sums(setup.model, backend.reduce(found)), plan)
+
+    everyone, largest, where = np.arange(len(x)), 0.0, "nothing at all"
+    whole = total(everyone)
+    for left in rng.choice(len(x), LEFT_OUT, replace=False):
+        rest = total(everyone[everyone != left])
+        for group in plan.gradient_groups:
+            ratio = float(np.linalg.norm(whole[group.name] - rest[group.name])) / group.norm_bound
+            ratio = ratio if math.isfinite(ratio) else math.inf
+            largest, where = max((largest, where), (ratio, f"example {left}, group {group.name!r}"))
+    text = f"leaving one of {len(x)} strained examples out of a batch changes it by at most {largest:.6g} times the claimed bound ({where})"
+    return Finding("sensitivity (batches of the run)", bool(largest <= 1 + FLOAT_MARGIN), text, {"largest_over_bound": largest})
 
 
 def other_run(loop: Loop, sigma: float, draws: int = 200) -> Finding:

@@ -20,6 +20,7 @@ from dptrain.auditing.spent import COARSE, delta_at_least, drawn_losses
 from dptrain.mechanism import GaussianMechanism, effective_noise_multiplier
 from dptrain.randomness import SAMPLING, RandomKey
 from dptrain.sampling import PoissonSampler
+from dptrain.setup import prepare
 from tests.auditing import unseen
 from tests.auditing.test_audit import make
 
@@ -64,10 +65,29 @@ def test_buffers_that_follow_the_data_are_caught() -> None:
 
     setup = make(steps=3)
     model = torch.nn.Sequential(Keeping(), torch.nn.Linear(5, 3))
-    from dptrain.setup import prepare
-
     found = audit_setup(prepare(setup.config, "torch", setup.data, model), **QUICK)
     assert found.failed() == ["post-processing"]
+
+
+def test_layers_that_mix_examples_in_large_batches_are_caught() -> None:
+    """The self-check and the checks of single steps use small batches."""
+    torch = pytest.importorskip("torch")
+
+    class Mixing(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x - 3 * x.mean(0) if len(x) > 8 else x
+
+    setup = make(steps=3)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), Mixing(), torch.nn.Linear(8, 3))
+    found = audit_setup(prepare(setup.config, "torch", setup.data, model), **QUICK)
+    assert found.failed() == ["sensitivity (batches of the run)"]
+
+
+def test_losses_that_mix_examples_are_caught() -> None:
+    setup = make(steps=3)
+    true = setup.loss
+    mixed = dataclasses.replace(setup, loss=lambda output, y: true(output - 2 * output.mean(0), y))
+    assert unseen.SENSITIVITY in audit_setup(mixed, **QUICK).failed()
 
 
 def test_unsafe_seeds_are_no_secret() -> None:
