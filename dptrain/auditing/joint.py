@@ -66,9 +66,8 @@ def joint_sampling(sampler: Any, num_steps: int, draws: int = 240) -> Finding:
     chosen = np.random.default_rng(0).permutation(n)[:MOST_EXAMPLES]
     together = x[:, chosen].T @ x[:, chosen]
     scores["examples drawn together"] = binomial_score(together[np.triu_indices(len(chosen), 1)], count, q * q)
-    total = float(x.sum())
     var = q * (1 - q)
-    scores["rate"] = abs(total - count * n * q) / math.sqrt(count * n * var) / furthest_normal(1)
+    scores["rate"] = binomial_score(x.sum(keepdims=True).ravel(), count * n, q)
     centred = (x - q) @ (x - q).T
     scores["steps at a distance"] = distance_score(steps, centred, n, var)
     scores["examples in common"] = spread_score(centred[upper], count, n, q)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from accounting import get_accountant
+from accounting import SampledGaussian, get_accountant
 from dptrain.auditing import checks, game, joint, noises, onerun, pool, runwatch, spent
 from dptrain.auditing.bounds import FALSE_ALARM, Array, Guesses
 from dptrain.auditing.findings import Audit, Finding
@@ -109,7 +109,9 @@ def audit_setup(
     outcome = onerun.run(setup, sigma, canaries, examples, seed, progress)
     loop = outcome.loop
     sampler = getattr(loop.step.sampler, "sampler", loop.step.sampler)
-    findings += [checks.sampling(sampler), joint.joint_sampling(sampler, setup.num_steps)]
+    findings.append(checks.sampling(sampler))
+    if all(isinstance(event, SampledGaussian) for event, _ in loop.ledger.events):  # which claim coins
+        findings.append(joint.joint_sampling(sampler, setup.num_steps))
     trained = replace(setup, plan=loop.in_force.plan) if loop.in_force else setup
     findings += [*bound_findings(trained, "trained weights", seed), runwatch.own_batches(loop, seed)]
     findings += [runwatch.noise_finding(outcome.watch), runwatch.post_processing(outcome.watch, seed)]

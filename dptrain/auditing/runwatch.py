@@ -236,23 +236,39 @@ def other_run(loop: Loop, sigma: float, draws: int = 200) -> Finding:
     """
     second = again(loop.setup, sigma)
     ours, theirs = (getattr(one.step.sampler, "sampler", one.step.sampler) for one in (loop, second))
-    n, q = ours.num_examples, ours.sample_rate
     release, other = loop.step.update.release, second.step.update.release  # type: ignore[attr-defined]
     same_key = release.noise_key.value == other.noise_key.value
     used_for_both = release.noise_key.value in {getattr(getattr(s, "key", None), "value", None) for s in (ours, theirs)}
-    score = 0.0
-    if q < 1:
-        pairs = [(np.asarray(ours.sample(t), np.int64), np.asarray(theirs.sample(t), np.int64)) for t in range(draws)]
-        both = float(sum(len(np.intersect1d(a, b)) for a, b in pairs))
-        sizes = float(sum(len(a) * len(b) for a, b in pairs)) / n  # what strangers of these sizes share
-        spread = math.sqrt(max(1e-12, draws * n * (q * (1 - q)) ** 2))
-        score = (both - sizes) / spread
-    passed = not same_key and not used_for_both and abs(score) <= furthest_normal(1) + 1
+    pairs = [(np.asarray(ours.sample(t), np.int64), np.asarray(theirs.sample(t), np.int64)) for t in range(draws)]
+    both = sum(len(np.intersect1d(a, b)) for a, b in pairs)
+    expected, p = strangers(both, [(len(a), len(b)) for a, b in pairs], int(ours.num_examples))
+    passed = not same_key and not used_for_both and p > FALSE_ALARM
     text = (
         f"noise keys are {'THE SAME' if same_key else 'different'}{', and one SERVES SAMPLING too' if used_for_both else ''}; the batches "
-        f"of {draws} steps share {score:.3g} standard deviations more than those of strangers"
+        f"of {draws} steps have {both} examples in common, where those of strangers have {expected:.4g} (p = {p:.3g})"
     )
-    return Finding("two runs", bool(passed), text, {"same_key": float(same_key), "overlap": score})
+    return Finding("two runs", bool(passed), text, {"same_key": float(same_key), "p_value": p})
+
+
+def strangers(both: int, sizes: list[tuple[int, int]], n: int) -> tuple[float, float]:
+    """Whether independent batches of some sizes have so many examples in common.
+
+    Args:
+        both: examples in common, over all pairs of batches.
+        sizes: of each pair.
+        n: examples to choose from.
+    Returns:
+        The expected number, and a two-sided p-value.
+    Source: given the sizes the overlap is hypergeometric, a sum of independent coins, and no more spread than a binomial of the same mean
+        (Hoeffding 1956).
+    """
+    from scipy.stats import binom  # type: ignore[import-untyped]
+
+    expected, coins = math.fsum(a * b / n for a, b in sizes), sum(min(a, b) for a, b in sizes)
+    if coins == 0 or abs(both - expected) < 1:
+        return expected, 1.0
+    rate = min(1.0, expected / coins)
+    return expected, min(1.0, 2 * min(float(binom.cdf(both, coins, rate)), float(binom.sf(both - 1, coins, rate))))
 
 
 def again(setup: Setup, sigma: float) -> Loop:

@@ -15,7 +15,7 @@ from dptrain.auditing.checks import noise_over_sensitivity, spread
 from dptrain.auditing.joint import joint_sampling
 from dptrain.auditing.noises import keys, probe_steps
 from dptrain.auditing.normal import furthest_normal, lags, most_alike, shape
-from dptrain.auditing.runwatch import distance
+from dptrain.auditing.runwatch import distance, strangers
 from dptrain.auditing.spent import COARSE, delta_at_least, drawn_losses
 from dptrain.mechanism import GaussianMechanism, effective_noise_multiplier
 from dptrain.randomness import SAMPLING, RandomKey
@@ -202,6 +202,14 @@ def test_steps_that_are_probed() -> None:
     assert len(steps) == 64
     assert {0, 1, 9, 11, 699} <= set(steps)
     assert probe_steps(10**7, 12, np.random.default_rng(0))[-1] < 10**7
+
+
+def test_batches_of_strangers() -> None:
+    assert strangers(200, [(20, 20)] * 100, 200) == (200, 1.0)
+    assert strangers(290, [(20, 20)] * 100, 200)[1] < 1e-6
+    assert strangers(120, [(20, 20)] * 100, 200)[1] < 1e-6
+    assert strangers(250, [(20, 20)] * 100, 200)[1] > 1e-6
+    assert strangers(500, [(5, 5)] * 100, 5)[1] == 1.0
 
 
 def test_distances_in_last_places() -> None:
