@@ -44,7 +44,7 @@ class Replay:
     Args:
         start: weights and buffers before them.
         releases: identifier -> sums, scale and learning rate of each.
-        end: weights and buffers after them.
+        end: weights, buffers and the optimizer's state after them.
     """
 
     start: Mapping[str, np.ndarray]
@@ -77,6 +77,7 @@ class RunWatch(Watch):
         self.chosen = {name: np.sort(rng.choice(size, max(1, round(share * size)), replace=False)) for name, size in sizes.items()}
         self._exact: Mapping[str, np.ndarray] | None = None
         self._stds: Mapping[str, float] = {}
+        self._optimizer: Any = None
         self._plan: Plan = setup.plan
 
     def privatize(self, total: Any, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Any:
@@ -87,7 +88,7 @@ class RunWatch(Watch):
 
     def apply(self, model: Any, optimizer: Any, released: Any, scale: float, learning_rate: float | None) -> None:
         """The update; what it is given is compared with the sum before the noise."""
-        seen = dict(self._inner.sums(model, released))
+        seen, self._optimizer = dict(self._inner.sums(model, released)), optimizer
         self.releases += 1
         self.late += self.ledger is not None and self.ledger.num_releases < self.releases
         self.scales.add(scale)
@@ -104,7 +105,7 @@ class RunWatch(Watch):
         """The projection, after which a step has ended."""
         found: Mapping[str, float] = self._inner.project(model, plan)
         if len(self.replay.releases) == self.to_replay and self.replay.end is None:
-            self.replay.end = self._inner.get_weights(model)
+            self.replay.end = saved(self._inner, model, self._optimizer)
         return found
 
     def _compare(self, seen: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray]) -> None:
@@ -142,7 +143,7 @@ def noise_finding(watch: RunWatch) -> Finding:
 
 
 def post_processing(watch: RunWatch, seed: int) -> Finding:
-    """Weights, and everything else that is saved, must follow from the releases.
+    """Weights, buffers and the optimizer's state, which checkpoints hold, must follow from the releases.
 
     The first releases are applied once more from the first weights, by a new optimizer, while the backend sums over other data; what it
     keeps of the data, in an optimizer's momentum or a layer's buffer, then leads elsewhere.
@@ -152,8 +153,10 @@ def post_processing(watch: RunWatch, seed: int) -> Finding:
     """
     setup, replay, backend = watch.setup, watch.replay, watch._inner
     name = "post-processing"
+    if not replay.releases:
+        return Finding(name, setup.num_steps == 0, "no step has changed the weights", {})
     if replay.end is None:
-        replay.end = backend.get_weights(setup.model)
+        replay.end = saved(backend, setup.model, watch._optimizer)
     privacy = setup.config.privacy
     backend.set_weights(setup.model, dict(replay.start))
     optimizer = backend.build_optimizer(setup.config.optimizer, setup.model)
@@ -168,14 +171,22 @@ def post_processing(watch: RunWatch, seed: int) -> Finding:
         release = backend.shifted(setup.model, backend.zeros(setup.model), seen)
         backend.apply(setup.model, optimizer, release, scale, rate)
         backend.project(setup.model, setup.plan)
-    found = backend.get_weights(setup.model)
-    off = {key: distance(replay.end[key], found[key]) for key in replay.end}
-    worst = max(off, key=lambda key: off[key])
+    found = saved(backend, setup.model, optimizer)
+    names = [*replay.end, *(name for name in found if name not in replay.end)]
+    both = {name: name in found and name in replay.end for name in names}
+    off = {name: distance(replay.end[name], found[name]) if both[name] else math.inf for name in names}
+    worst = max(off, key=lambda name: off[name])
     text = (
-        f"{len(replay.releases)} releases, applied again, lead to weights within {off[worst]:.3g} units in the last place of the run's "
-        f"(largest for {worst!r})"
+        f"{len(replay.releases)} releases, applied again, lead to weights and optimizer state within {off[worst]:.3g} units in the last "
+        f"place of the run's (largest for {worst!r})"
     )
     return Finding(name, bool(off[worst] <= ULPS), text, {"units_in_the_last_place": off[worst]})
+
+
+def saved(backend: Any, model: Any, optimizer: Any) -> dict[str, np.ndarray]:
+    """What a checkpoint holds, copied. An optimizer's arrays go by their order: Keras has another name for every optimizer."""
+    state = {f"optimizer/{i}": np.array(value) for i, value in enumerate(backend.get_optimizer_state(optimizer).values())}
+    return {key: np.array(value) for key, value in backend.get_weights(model).items()} | state
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -15,14 +15,17 @@ from dptrain.auditing.checks import noise_over_sensitivity, spread
 from dptrain.auditing.joint import joint_sampling
 from dptrain.auditing.noises import keys, probe_steps
 from dptrain.auditing.normal import furthest_normal, lags, most_alike, shape
+from dptrain.auditing.run import structured_weights
 from dptrain.auditing.runwatch import distance, strangers
 from dptrain.auditing.spent import COARSE, delta_at_least, drawn_losses
+from dptrain.data import from_arrays
 from dptrain.mechanism import GaussianMechanism, effective_noise_multiplier
 from dptrain.randomness import SAMPLING, RandomKey
 from dptrain.sampling import PoissonSampler
 from dptrain.setup import prepare
 from tests.auditing import unseen
 from tests.auditing.test_audit import make
+from tests.core.shared import config
 
 QUICK: dict[str, Any] = {"canaries": 0, "examples": 0, "trials": 0}
 # One of each check, in seconds; the others run with ``make test-slow``.
@@ -88,6 +91,22 @@ def test_losses_that_mix_examples_are_caught() -> None:
     true = setup.loss
     mixed = dataclasses.replace(setup, loss=lambda output, y: true(output - 2 * output.mean(0), y))
     assert unseen.SENSITIVITY in audit_setup(mixed, **QUICK).failed()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("tensorflow", marks=pytest.mark.slow)])
+def test_a_convolution_bound_that_is_small_by_root_2_is_caught(backend: str) -> None:
+    """With all weights equal, two convolutions reach 0.65 of their bounds: too little to see it."""
+    pictures = from_arrays(np.random.default_rng(0).random((40, 8, 8, 1)), np.arange(40) % 3, num_classes=3)
+    model = {"name": "lipschitz_cnn", "stages": [[4], [8]], "hidden": [8]}
+    sound = prepare(config(strategy="clipless", model=model, sampling={"sample_rate": 0.2, "steps": 2}), backend, pictures)
+    conv = next(g for g in sound.plan.gradient_groups if "conv1" in g.name)
+    setup = dataclasses.replace(sound, plan=sound.plan.with_bounds({conv.name: conv.norm_bound / 2**0.5}))
+    before = sound.backend.get_weights(sound.model)
+    found = {finding.name: finding.passed for finding in structured_weights(setup)}
+    assert found == {"proven bounds (constant weights)": True, "proven bounds (kernels of one entry)": False}
+    assert all(finding.passed for finding in structured_weights(sound))
+    after = sound.backend.get_weights(sound.model)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_unsafe_seeds_are_no_secret() -> None:

@@ -247,6 +247,13 @@ class RawMomentum(Remembers):
         self._inner.apply(model, optimizer, released, scale, learning_rate)
 
 
+class RawInCheckpoints(Remembers):
+    """The optimizer's state is saved with the raw sum of the last step."""
+
+    def get_optimizer_state(self, optimizer: Any) -> dict[str, np.ndarray]:
+        return {**self._inner.get_optimizer_state(optimizer), **{f"raw/{name}": v for name, v in self.raw.items()}}
+
+
 class RateByNorm(Remembers):
     """The learning rate follows the norm of the raw sum."""
 
@@ -605,6 +612,7 @@ CASES: dict[str, tuple[Break, dict[str, Any], str, tuple[str, ...]]] = {
     "noise with a ceiling": (by(Capped), LOUD, "noise of the run", BOTH),
     "noise shared among physical batches": (by(Shared), {}, "noise", BOTH),
     "raw sums in the optimizer": (by(RawMomentum), ADAM, "post-processing", BOTH),
+    "raw sums in checkpoints": (by(RawInCheckpoints), {}, "post-processing", BOTH),
     "a learning rate from the raw norm": (by(RateByNorm), {}, "post-processing", BOTH),
     "a part of the raw sum after the noise": (raw_after_noise, {}, "noise", BOTH),
     "padding that counts": (by(PaddingCounts), {}, SENSITIVITY, BOTH),
