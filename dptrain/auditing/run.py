@@ -167,7 +167,7 @@ def step_findings(setup: Setup, trials: int, delta: float, seed: int) -> list[Fi
     subject = Subject(setup, x, y)
     alone = checks.contributions(subject)
     findings = bound_findings(setup, "first weights", seed, subject, alone)
-    findings += moved_findings(subject, alone)
+    findings += moved_findings(subject)
     alone = [np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in alone]  # what is not finite has been found by now
     seen = checks.residuals(subject, alone)
     steps, probed = noises.probes(subject, seed)
@@ -194,7 +194,7 @@ def bound_findings(setup: Setup, when: str, seed: int, subject: Subject | None =
     return [*findings, attacked(setup, when)] if proven(setup) else findings
 
 
-def moved_findings(subject: Subject, alone: list[Array]) -> list[Finding]:
+def moved_findings(subject: Subject) -> list[Finding]:
     """The bounds that a moving clipping norm claims, at a small and at a large one."""
     setup, strategy = subject.setup, subject.setup.config.strategy
     findings = []
