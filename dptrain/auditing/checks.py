@@ -6,22 +6,24 @@ They say more than a lower bound on epsilon: where it is broken, and with a hand
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 
-from accounting import Event
+from accounting import Event, NeighboringRelation
 from dptrain.auditing.bounds import FALSE_ALARM, Array
 from dptrain.auditing.findings import Finding
+from dptrain.auditing.normal import FAR, directions, furthest_normal, lags, variance_test
 from dptrain.auditing.subject import Subject
 from dptrain.auditing.watch import owner_parameters
 from dptrain.mechanism import FLOAT_MARGIN
+from dptrain.plan import Plan
 
-# Normal approximations are trusted to this many standard deviations: 2e-9.
-FAR = 6.0
-SHORTEST = 64
-MOST_VALUES = 1_000_000
+FEW = 32
+SHORTEST = 64  # numbers, over all draws, below which parameters are not compared with each other
 
 
 def contributions(subject: Subject) -> list[Array]:
@@ -29,50 +31,130 @@ def contributions(subject: Subject) -> list[Array]:
     return [subject.total([i]) for i in range(len(subject.y))]
 
 
-def sensitivity(subject: Subject, alone: list[Array], when: str) -> Finding:
-    """No example may add more than its bound to any group, alone or beside others.
+@dataclass(frozen=True)
+class Change:
+    """What one example changed.
+
+    Args:
+        name: which example, beside how many others.
+        vector: change of the sums, whitened.
+        count: change of the released count, in its own units; 0 where there is none.
+    """
+
+    name: str
+    vector: Array
+    count: float = 0.0
+
+
+def changes(subject: Subject, alone: list[Array]) -> list[Change]:
+    """What strained examples change alone and beside others.
 
     Args:
         subject: the step.
         alone: of ``contributions``.
+    Returns:
+        Each alone; each beside one other; a few beside a physical batch of others, and in the third physical batch.
+    """
+    order = sorted(range(len(alone)), key=lambda i: -float(np.linalg.norm(np.nan_to_num(alone[i]))))
+    found = [Change(f"example {i} alone", v) for i, v in enumerate(alone)]
+    for size, chosen in ((1, order), (subject.size - 1, order[:4]), (2 * subject.size, order[:4])):
+        base = crowd(alone, size)
+        crowded, count = subject.total(base), subject.count
+        for i in chosen:
+            vector = subject.total([*base, i]) - crowded
+            found.append(Change(f"example {i} beside {size} others", vector, subject.count - count))
+    return found
+
+
+def sensitivity(subject: Subject, found: list[Change], when: str) -> Finding:
+    """No example may add more than its bound to any group, or to the released count, alone or beside others.
+
+    Args:
+        subject: the step.
+        found: of ``changes``.
         when: which weights, for the text.
     Returns:
         The finding; exact, up to ``FLOAT_MARGIN``.
     """
     largest, where = 0.0, ""
-    bounds = {g.name: g.norm_bound / subject.stds[g.name] for g in subject.plan.gradient_groups}
-    order = sorted(range(len(alone)), key=lambda i: -float(np.linalg.norm(alone[i])))
-    changes = [(f"example {i} alone", v) for i, v in enumerate(alone)]
-    # Beside one other every example; beside a batch of them, and in the second physical batch, a few.
-    for size, chosen in ((1, order), (subject.size - 1, order[:4]), (2 * subject.size, order[:4])):
-        base = crowd(alone, size)
-        crowded = subject.total(base)
-        changes += [(f"example {i} beside {size} others", subject.total([*base, i]) - crowded) for i in chosen]
-    for name, change in changes:
-        for group, part in subject.groups(change).items():
-            ratio = float(np.linalg.norm(part)) / bounds[group]
+    bounds = {g.name: g.norm_bound / subject.stds[g.name] for g in subject.claimed.gradient_groups}
+    counted = subject.claimed.count
+    for change in found:
+        ratios = {group: float(np.linalg.norm(part)) / bounds[group] for group, part in subject.groups(change.vector).items()}
+        if counted is not None:
+            ratios[counted.name] = abs(change.count) / counted.norm_bound
+        for group, ratio in ratios.items():
             if not ratio <= largest:  # not a number counts as the largest
-                largest, where = ratio, f"{name}, group {group!r}"
+                largest, where = ratio, f"{change.name}, group {group!r}"
+                if math.isnan(ratio):
+                    largest = math.inf
     return Finding(
         f"sensitivity ({when})", bool(largest <= 1 + FLOAT_MARGIN),
-        f"{len(alone)} strained examples add at most {largest:.6g} times the claimed bound ({where or 'nothing at all'})",
+        f"{len(found)} changes by strained examples are at most {largest:.6g} times the claimed bound ({where or 'nothing at all'})",
         {"largest_over_bound": largest},
     )  # fmt: skip
 
 
+def joint_sensitivity(subject: Subject, alone: list[Array], found: list[Change], when: str) -> Finding:
+    """All groups are released together: no change may be longer, in units of the noise, than the recorded event says.
+
+    Args:
+        subject: the step.
+        alone: of ``contributions``.
+        found: of ``changes``.
+        when: which weights, for the text.
+    Returns:
+        The finding; exact, because the event has paid for rounding.
+    """
+    counted, lengths = subject.plan.count, [0.0]
+    std = subject.stds[counted.name] if counted else math.inf
+    if replaces(subject):
+        rows = np.stack(alone)
+        square = (rows**2).sum(1)
+        apart = float(np.max(square[:, None] + square[None, :] - 2 * rows @ rows.T))
+        lengths.append(math.hypot(math.sqrt(max(0.0, apart)), 2 * counted.norm_bound / std if counted else 0.0))
+    else:
+        lengths += [math.hypot(float(np.linalg.norm(c.vector)), c.count / std) for c in found]
+    # The subtraction of equal sums leaves their rounding.
+    largest = float(np.max(np.nan_to_num(lengths, nan=math.inf))) * subject.event.noise_multiplier
+    what = "replacing an example" if replaces(subject) else "an example"
+    text = f"{what} moves the release by at most {largest:.6g} times what noise multiplier {subject.event.noise_multiplier:.6g} says"
+    return Finding(f"joint sensitivity ({when})", bool(largest <= 1 + FLOAT_MARGIN), text, {"largest_over_claimed": largest})
+
+
+def replaces(subject: Subject) -> bool:
+    """Whether neighbours differ by the replacement of an example."""
+    return NeighboringRelation(subject.setup.config.privacy.relation) is NeighboringRelation.replace_one
+
+
+def noise_over_sensitivity(plan: Plan, stds: Mapping[str, float], relation: NeighboringRelation | str) -> float:
+    """Equation (1) of math.md, which audits compute themselves: what they look at may be a broken ``mechanism``."""
+    factor = 2.0 if NeighboringRelation(relation) is NeighboringRelation.replace_one else 1.0
+    if any(not stds[group.name] > 0 for group in plan.groups):
+        return 0.0
+    return 1.0 / math.sqrt(math.fsum((factor * group.norm_bound / stds[group.name]) ** 2 for group in plan.groups))
+
+
 def crowd(alone: list[Array], count: int) -> list[int]:
     """Copies of the example whose contribution is most opposed to the largest one, so that what they share counts."""
-    largest = alone[int(np.argmax([np.linalg.norm(v) for v in alone]))]
-    return [int(np.argmin([float(v @ largest) for v in alone]))] * count
+    largest = np.nan_to_num(alone[int(np.argmax([np.linalg.norm(np.nan_to_num(v)) for v in alone]))])
+    return [int(np.argmin([float(v @ largest) if np.isfinite(v).all() else math.inf for v in alone]))] * count
 
 
 def residuals(subject: Subject, alone: list[Array], repeats: int = 8) -> dict[str, list[Array]]:
-    """Noise as an attacker who knows everything else sees it, for an empty batch, one physical batch, and several."""
+    """Noise as an attacker who knows everything else sees it, for an empty batch, one physical batch, and several.
+
+    In the batch of many, whose sum is large, even a small part of it that gets past the noise shows.
+    """
     found: dict[str, list[Array]] = {}
-    for name, size in (("empty batch", 0), ("one physical batch", subject.size - 1), ("several physical batches", 3 * subject.size - 1)):
+    kinds = (
+        ("empty batch", 0, repeats), ("one physical batch", subject.size - 1, repeats),
+        ("several physical batches", 3 * subject.size - 1, repeats), ("many physical batches", 16 * subject.size - 1, 2),
+    )  # fmt: skip
+    for name, size, count in kinds:
         indices = crowd(alone, size)
         found[name] = []
-        for _ in range(repeats):
+        for _ in range(count):
             exact = subject.total(indices)
             found[name].append(subject.release(indices) - exact)
     return found
@@ -91,47 +173,26 @@ def pieces(subject: Subject) -> dict[str, slice]:
     return found
 
 
-def noise(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
+def noise(subject: Subject, seen: dict[str, list[Array]], alone: list[Array]) -> Finding:
     """The noise of every group and parameter must have the standard deviation that the event was made from, whatever is in the batch.
 
     Args:
         subject: the step.
         seen: of ``residuals``.
+        alone: of ``contributions``; the noise along each of them is looked at too.
     Returns:
-        The finding: chi-square tests of the variance, two-sided, at one in a million together.
+        The finding: chi-square tests of the variance, two-sided, at one in a million together: of each kind of batch, of each release, and
+        along directions in which noise may be missing that is there in every number.
     """
     places = pieces(subject)
     tests = [(f"{place}, {kind}", np.concatenate([v[places[place]] for v in seen[kind]])) for kind in seen for place in places]
+    tests += [(f"{place}, release {i} of {kind}", v[places[place]]) for kind in seen for i, v in enumerate(seen[kind]) for place in places]
     found = [(*variance_test(values), name) for name, values in tests if len(values)]
+    found += directions(seen, alone, places)
     p, ratio, worst = min(found)
     text = f"largest deviation of {len(found)} tests: {ratio:.4g} times the claimed standard deviation in {worst} (p = {p:.3g})"
-    figures = {"smallest_over_claimed": min(ratio for _, ratio, _ in found), "p_value": p}
+    figures = {"smallest_over_claimed": min(ratio for _, ratio, name in found if "release" not in name), "p_value": p}
     return Finding("noise", bool(p > FALSE_ALARM / len(found)), text, figures)
-
-
-def variance_test(values: Array) -> tuple[float, float]:
-    """Two-sided p-value of what should be N(0, 1), and its standard deviation."""
-    from scipy.stats import chi2
-
-    square = float(values @ values) if np.isfinite(values).all() else math.inf
-    p = 2 * min(float(chi2.cdf(square, len(values))), float(chi2.sf(square, len(values))))
-    return p, math.sqrt(square / len(values))
-
-
-def shape(seen: dict[str, list[Array]]) -> Finding:
-    """The noise must be normal: bounded noise of the right variance, for one, would tell some data sets apart with certainty.
-
-    Returns:
-        The finding: Kolmogorov and Smirnov's test at one in a million, on a million values at most.
-    """
-    from scipy.stats import kstest
-
-    values = np.concatenate([v for kind in seen.values() for v in kind])[:MOST_VALUES]
-    finite = bool(np.isfinite(values).all())
-    result = kstest(values, "norm") if finite else None
-    p, distance = (float(result.pvalue), float(result.statistic)) if result is not None else (0.0, 1.0)
-    text = f"{len(values)} values are {distance:.3g} away from the normal distribution (p = {p:.3g})"
-    return Finding("shape of the noise", p > FALSE_ALARM, text, {"distance": distance, "p_value": p})
 
 
 def count_noise(subject: Subject) -> Finding:
@@ -147,7 +208,7 @@ def count_noise(subject: Subject) -> Finding:
 
 
 def independence(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
-    """The noise of one step must say nothing about that of another, nor one number's about the next, nor one parameter's about another's.
+    """The noise of one step must say nothing about that of another, nor one number's about any other's, in its parameter or another one.
 
     Returns:
         The finding: correlations, normal to good accuracy, none beyond six standard deviations (more where there are many).
@@ -156,20 +217,19 @@ def independence(subject: Subject, seen: dict[str, list[Array]]) -> Finding:
     pairs = list(combinations(draws, 2))
     places = [where for place, where in pieces(subject).items() if place.startswith("parameter")]
     # Over all draws together, so that small parameters count too.
-    parts = [np.stack([draw[where] for draw in draws]) for where in places if where.stop - where.start >= SHORTEST]
-    for part in parts:
-        half = part.shape[1] // 2
-        pairs += [(part[:, :-1].ravel(), part[:, 1:].ravel()), (part[:, :half].ravel(), part[:, half : 2 * half].ravel())]
-    for a, b in combinations(parts[:40], 2):
+    parts = [np.stack([draw[where] for draw in draws]) for where in places]
+    for a, b in combinations([part for part in parts if part.size >= SHORTEST][:40], 2):
         size = min(a.shape[1], b.shape[1])
-        pairs.append((a[:, :size].ravel(), b[:, :size].ravel()))
-    largest = 0.0
+        if size * len(draws) >= SHORTEST:
+            pairs.append((a[:, :size].ravel(), b[:, :size].ravel()))
+            pairs.append((a[:, ::-1][:, :size].ravel(), b[:, :size].ravel()))
+    largest, tests = lags(parts) if np.isfinite(np.concatenate(draws)).all() else (math.inf, 1)
     for a, b in pairs:
         scale = float(np.linalg.norm(a) * np.linalg.norm(b))
         largest = max(largest, abs(float(a @ b)) / scale * math.sqrt(len(a)) if scale else math.inf)
-    passed = largest <= FAR + math.sqrt(2 * math.log(max(2, len(pairs)))) - 1
-    text = f"largest of {len(pairs)} correlations is {largest:.3g} standard deviations"
-    return Finding("independence of the noise", passed, text, {"largest_correlation": largest})
+    tests += len(pairs)
+    text = f"largest of {tests} correlations is {largest:.3g} standard deviations"
+    return Finding("independence of the noise", bool(largest <= furthest_normal(tests)), text, {"largest_correlation": largest})
 
 
 def claim(event: Event) -> float:
@@ -185,12 +245,15 @@ def bookkeeping(subject: Subject) -> Finding:
     """
     events = subject.ledger.events
     counted = subject.ledger.num_releases
-    claimed = min((claim(event) for event, _ in events), default=math.inf)
-    right = counted >= subject.steps and subject.late == 0 and claimed <= subject.event.noise_multiplier * (1 + 1e-9)
-    return Finding(
-        "ledger", bool(right), f"{counted} of {subject.steps} releases recorded, {subject.late} of them after the weights had changed",
-        {"recorded": float(counted), "released": float(subject.steps), "late": float(subject.late)},
-    )  # fmt: skip
+    claimed = max((claim(event) for event, _ in events), default=math.inf)
+    true = noise_over_sensitivity(subject.plan, subject.stds, subject.setup.config.privacy.relation)
+    rate = min((getattr(event, "sample_rate", 0.0) for event, _ in events), default=0.0)
+    right = counted >= subject.steps and subject.late == 0 and claimed <= true * (1 + 1e-9) and rate >= 1.0
+    text = (
+        f"{counted} of {subject.steps} releases recorded, {subject.late} of them after the weights had changed, at noise multiplier "
+        f"{claimed:.6g} (in truth {true:.6g}) and sample rate {rate:.6g} (in truth 1)"
+    )
+    return Finding("ledger", bool(right), text, {"recorded": float(counted), "released": float(subject.steps), "late": float(subject.late)})
 
 
 def sampling(sampler: Any, draws: int = 200) -> Finding:
@@ -228,10 +291,23 @@ def sampling(sampler: Any, draws: int = 200) -> Finding:
 
 
 def spread(values: Array, trials: int, q: float) -> float:
-    """How far the sum of squared deviations of binomial values is from its mean, in standard deviations."""
+    """How far the sum of squared deviations of binomial values is from its mean, in standard deviations of a normal value.
+
+    A few squares are not normal; their sum is compared with the chi-square distribution of the same mean and variance.
+    """
+    from scipy.stats import chi2, norm
+
     var = trials * q * (1 - q)
     fourth = var * (1 + 3 * var * (1 - 2 / trials)) if trials > 1 else var * (1 - 3 * q * (1 - q))
-    return float((((values - trials * q) ** 2).sum() - len(values) * var) / math.sqrt(len(values) * (fourth - var**2)))
+    mean, variance = len(values) * var, len(values) * (fourth - var**2)
+    total = float(((values - trials * q) ** 2).sum())
+    if variance <= 1e-9 * mean**2:  # one fair coin: always equally far from its mean
+        return 0.0 if math.isclose(total, mean, rel_tol=1e-6) else math.inf
+    scaled, degrees = total * 2 * mean / variance, 2 * mean**2 / variance
+    # A few whole numbers may all hit their mean, which continuous ones never do.
+    rounding = len(values) / 4 * 2 * mean / variance if len(values) < FEW else 0.0
+    above, below = float(chi2.sf(scaled, degrees)), float(chi2.cdf(scaled + rounding, degrees))
+    return float(norm.isf(max(above, 1e-300)) if above < below else norm.ppf(max(below, 1e-300)))
 
 
 def overlap_variance(q: float) -> float:

@@ -11,9 +11,8 @@ import math
 
 import numpy as np
 
-from accounting import NeighboringRelation
 from dptrain.auditing.bounds import FALSE_ALARM, Array, Coins, ErrorRates, error_rates
-from dptrain.auditing.checks import claim, crowd
+from dptrain.auditing.checks import claim, crowd, replaces
 from dptrain.auditing.findings import Finding
 from dptrain.auditing.subject import Subject
 
@@ -47,7 +46,7 @@ def play(subject: Subject, alone: list[Array], trials: int, seed: int = 0) -> tu
     """
     canary = int(np.argmax([np.linalg.norm(v) for v in alone]))
     base, other = crowd(alone, subject.size - 1), list[int]()
-    if NeighboringRelation(subject.setup.config.privacy.relation) is NeighboringRelation.replace_one:
+    if replaces(subject):
         canary, replaced = furthest(alone)
         other = [replaced]
     coins = np.random.default_rng(seed).permutation(np.arange(trials) % 2).astype(bool)

@@ -23,6 +23,7 @@ import numpy as np
 from accounting import NeighboringRelation
 from dptrain.auditing import pool
 from dptrain.auditing.bounds import Array, Guesses, guess
+from dptrain.auditing.runwatch import RunWatch
 from dptrain.auditing.watch import Watch, owner_parameters
 from dptrain.backend import Backend
 from dptrain.guard import Records
@@ -30,7 +31,9 @@ from dptrain.plan import Group, Plan
 from dptrain.randomness import StepNoise
 from dptrain.rundir import RunDirectory
 from dptrain.setup import Setup
-from dptrain.trainer import Loop, Progress
+from dptrain.trainer import Loop, Progress, TrainResult
+
+TINY = 1e-6  # of a bound, in place of no noise at all, under which every canary shows
 
 
 @dataclass
@@ -110,7 +113,8 @@ class VectorWatch(Watch):
         """Add this release's log-likelihood ratio of in against out, exact for a Poisson-sampled Gaussian."""
         along, square = np.zeros(len(self.scores)), 0.0
         for group in groups:
-            weight, places = group.norm_bound / stds[group.name] ** 2, self.vectors.places[group.name]
+            std = max(stds[group.name], TINY * group.norm_bound)
+            weight, places = group.norm_bound / std**2, self.vectors.places[group.name]
             along += weight * np.array([float(seen[name].flat[i]) - float(exact[name].flat[i]) for name, i in places])
             square += weight * group.norm_bound
         self.scores += self._log_mix(along - square / 2)
@@ -161,12 +165,16 @@ class Outcome:
         white: guesses from every release; None if there were no such canaries.
         black: guesses from the finished model; None likewise.
         loop: the run, for its ledger, its plan in force and its sampler.
+        watch: saw its releases.
+        result: what the run said of itself.
         scores: by kind, with the coins, for plots.
     """
 
     white: Guesses | None
     black: Guesses | None
     loop: Loop
+    watch: RunWatch
+    result: TrainResult
     scores: dict[str, tuple[Array, np.ndarray]] = field(default_factory=dict)
 
 
@@ -186,6 +194,8 @@ def run(setup: Setup, sigma: float, vectors: int, examples: int, seed: int, prog
     rng = np.random.default_rng([seed, 1])
     opposite = NeighboringRelation(setup.config.privacy.relation) is NeighboringRelation.replace_one
     watch: VectorWatch | None = None
+    seen = RunWatch(setup.backend, setup, np.random.default_rng([seed, 4]))
+    setup = replace(setup, backend=seen)  # type: ignore[arg-type]
     if vectors:
         sizes = {name: value.size for name, value in setup.backend.parameters(setup.model).items()}
         watch = VectorWatch(setup.backend, place(sizes, setup.plan, vectors, opposite, rng), setup.sample_rate, rng)
@@ -200,12 +210,13 @@ def run(setup: Setup, sigma: float, vectors: int, examples: int, seed: int, prog
     before = setup.backend.losses(setup.model, setup.loss, x, y) if len(rows) else np.zeros(0)
     with RunDirectory(None, setup.config, setup.backend.name, {}) as directory:
         loop = Loop(setup, directory, threading.Event(), sigma, Records(directory.ledger))
+        seen.ledger = loop.ledger
         if len(rows):
             instead = np.arange(len(data.x_train))
             instead[clean:][~inside] = rows[~inside] if opposite else -1
             loop.step = replace(loop.step, sampler=Replacing(loop.step.sampler, instead))  # type: ignore[arg-type]
-        loop.run(progress, None)
-    found = Outcome(None, None, loop)
+        result = loop.run(progress, None)
+    found = Outcome(None, None, loop, seen, result)
     if watch is not None:
         found.white, found.scores["white"] = guess(watch.scores, watch.vectors.inside), (watch.scores, watch.vectors.inside)
     if len(rows):

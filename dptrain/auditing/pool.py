@@ -34,18 +34,33 @@ def inputs(config: TrainConfig, data: Dataset, rng: np.random.Generator) -> np.n
     return np.concatenate([real, np.stack([scale * s for s in shapes for scale in SCALES]).astype(kind)])
 
 
-def candidates(config: TrainConfig, data: Dataset, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def strange_inputs(data: Dataset) -> np.ndarray:
+    """Inputs that nothing good can come of: not finite, wholly or in one place, and so large that products overflow."""
+    shape, kind = data.input_shape, data.x_train.dtype
+    if np.issubdtype(kind, np.integer):
+        return np.zeros((0, *shape), kind)
+    place = tuple(n // 2 for n in shape)
+    rows = np.ones((5, *shape))
+    rows[0], rows[2] = np.nan, 1e30
+    rows[(1, *place)], rows[(3, *place)], rows[(4, *place)] = np.inf, np.nan, -1e37
+    return rows.astype(kind)
+
+
+def candidates(config: TrainConfig, data: Dataset, seed: int = 0, strange: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Candidates with labels of two kinds each.
 
     Args:
         config: of the run.
         data: shapes, types, and a few examples.
         seed: of the choice; auditing promises nothing.
+        strange: whether to add inputs that are not finite.
     Returns:
         Inputs ``[2 n, ...]`` and targets ``[2 n, ...]``; row ``i + n`` is row i with another target.
     """
     rng = np.random.default_rng(seed)
     x = inputs(config, data, rng)
+    if strange:
+        x = np.concatenate([x, strange_inputs(data)])
     n = len(x)
     if data.num_classes is None:
         real = data.y_train[rng.integers(0, len(data.y_train), n)]

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from accounting import PrivacyLedger
+from dptrain import trainer  # its parts are what runs use, so they are what is audited
 from dptrain.auditing.bounds import Array
 from dptrain.auditing.watch import Watch, flat
 from dptrain.config import OptimizerConfig
-from dptrain.mechanism import GaussianMechanism, release_event
-from dptrain.randomness import NOISE, RandomKey
+from dptrain.randomness import NOISE
 from dptrain.sampling import physical_batches, take
 from dptrain.setup import Setup
-from dptrain.step import Release, TrainingStep
 
 
 class StepWatch(Watch):
@@ -78,10 +77,13 @@ class Subject:
         self, setup: Setup, x: Any, y: Any, noise_multiplier: float = 1.0, physical_batch_size: int = 8, expected_batch_size: int = 8
     ) -> None:
         self.setup, self.plan, self.x, self.y = setup, setup.plan, x, y
+        self.claimed = setup.plan  # of ``total``; another one where clipping norms have moved by ``factor``
+        self.factor: tuple[float, ...] = ()
+        self.count = 0.0  # of the last ``total``
         privacy = setup.config.privacy
-        mechanism = GaussianMechanism(noise_multiplier, privacy.allocation, privacy.noise_weights)
+        mechanism = trainer.GaussianMechanism(noise_multiplier, privacy.allocation, privacy.noise_weights)
         self.stds = mechanism.stds(self.plan, privacy.relation)
-        self.event = release_event(self.plan, self.stds, 1.0, privacy.relation, privacy.noise)
+        self.event = trainer.release_event(self.plan, self.stds, 1.0, privacy.relation, privacy.noise)
         self.watch, self.ledger = StepWatch(setup.backend), PrivacyLedger(None)
         self.watch.ledger = self.ledger
         self.start = self.watch.get_weights(setup.model)
@@ -89,8 +91,8 @@ class Subject:
         # The change of the weights is about one standard deviation of the noise, so that nothing of it is lost to rounding.
         self.rate = expected_batch_size / float(np.median([self.stds[g.name] for g in self.plan.gradient_groups]))
         optimizer = self.watch.build_optimizer(OptimizerConfig(name="sgd", learning_rate=self.rate), setup.model)
-        release = Release(self.stds, self.event, RandomKey.make(NOISE), self.ledger, noise=privacy.noise)
-        self.step = TrainingStep(
+        release = trainer.Release(self.stds, self.event, trainer.RandomKey.make(NOISE), self.ledger, noise=privacy.noise)
+        self.step = trainer.TrainingStep(
             self.watch, setup.model, setup.loss, optimizer, self.plan, self.chosen, x, y, physical_batch_size,  # type: ignore[arg-type]
             lambda t: self.rate, setup.config.seed, release, setup.config.performance.two_pass,
         )  # fmt: skip
@@ -121,10 +123,11 @@ class Subject:
         backend, model, total = self.watch, self.setup.model, None
         backend.seed_dropout(model, self.setup.config.seed, self.steps)
         for part, mask in physical_batches(np.asarray(indices, np.int64), self.size):
-            found = self.step._sum(backend.batch(take(self.x, part), take(self.y, part), mask))  # type: ignore[attr-defined]
+            found = self.step._sum(backend.batch(take(self.x, part), take(self.y, part), mask, *self.factor))  # type: ignore[attr-defined]
             total = found if total is None else backend.add(total, found)
-        total = backend.zeros(model) if total is None else total
-        return self.whitened(backend.sums(model, backend.reduce(total)))
+        total = backend.reduce(backend.zeros(model) if total is None else total)
+        self.count = sum(backend.counts(total).values())
+        return self.whitened(backend.sums(model, total))
 
     def release(self, indices: Sequence[int]) -> Array:
         """What an attacker sees of one step over a logical batch; whitened, so that its noise should be N(0, 1)."""

@@ -16,6 +16,7 @@ import dptrain.mechanism as mechanism
 import dptrain.trainer as trainer
 from accounting.rdp import RDPAccountant
 from dptrain.auditing import audit, audit_setup
+from dptrain.auditing.run import structured_weights
 from dptrain.cli import main
 from dptrain.data import from_arrays
 from dptrain.errors import ConfigError
@@ -68,7 +69,7 @@ CASES = [
     (broken.UniformNoise, "mixed_ghost", {"shape of the noise"}),
     (broken.BroadcastNoise, "mixed_ghost", {"noise", "independence of the noise"}),
     (broken.RepeatedNoise, "mixed_ghost", {"independence of the noise"}),
-    (broken.SameNoise, "mixed_ghost", {"independence of the noise"}),
+    (broken.SameNoise, "mixed_ghost", {"independence of the noise", "noise of later steps"}),
     (broken.NoNoiseOnEmptyBatches, "mixed_ghost", {"noise"}),
     (broken.NoisePerPhysicalBatch, "mixed_ghost", {"noise"}),
     (broken.DataDependentDenominator, "mixed_ghost", {"noise"}),
@@ -81,8 +82,19 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("watch", "strategy", "caught"), CASES, ids=lambda v: getattr(v, "__name__", None))
+# What a wrapper does is the same in both frameworks; of these some run quickly in TensorFlow, the others with ``make test-slow``.
+IN_BOTH = (broken.NoNoise, broken.NoNoiseOnOneParameter, broken.NoisePerPhysicalBatch, broken.ClipSkipped, broken.BatchClipped)
+
+
+@pytest.mark.parametrize(
+    ("backend", "watch", "strategy", "caught"),
+    [
+        pytest.param(backend, *case, marks=[] if backend == "torch" or case[0] in IN_BOTH else pytest.mark.slow)
+        for backend in BACKENDS
+        for case in CASES
+    ],
+    ids=lambda v: getattr(v, "__name__", None),
+)
 def test_broken_backends_are_caught(backend: str, watch: Any, strategy: Any, caught: set[str]) -> None:
     found = audit_setup(broken.with_backend(make(backend, strategy), watch), **QUICK)
     assert caught <= set(found.failed()), str(found)
@@ -104,7 +116,7 @@ def test_a_convolution_bound_without_its_overlap_is_caught(backend: str) -> None
     sound = prepare(config(strategy="clipless", model=model), backend, pictures)
     conv = next(g for g in sound.plan.gradient_groups if "conv" in g.name)
     setup = dataclasses.replace(sound, plan=sound.plan.with_bounds({conv.name: conv.norm_bound / 3}))
-    assert "proven bounds (constant weights)" in audit_setup(setup, **QUICK).failed()
+    assert "proven bounds (constant weights)" in [finding.name for finding in structured_weights(setup) if not finding.passed]
     assert audit_setup(sound, **QUICK).passed
 
 
@@ -141,20 +153,23 @@ def test_an_unnoised_count_is_caught() -> None:
 def test_replacing_at_the_price_of_removing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanism, "sensitivity", lambda group, relation="add_remove": group.norm_bound)
     setup = make(privacy={"noise_multiplier": 1.0, "accountant": "rdp", "relation": "replace_one"})
-    assert audit_setup(setup, canaries=0, examples=0, trials=3000).failed() == ["one release"]
+    found = set(audit_setup(setup, canaries=0, examples=0, trials=3000).failed())
+    assert {"one release", "joint sensitivity (first weights)", "ledger"} <= found
 
 
 def test_an_accountant_that_says_too_little_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     true = RDPAccountant.epsilon
     monkeypatch.setattr(RDPAccountant, "epsilon", lambda self, events, delta: 0.5 * true(self, events, delta))
-    assert audit_setup(make(), **QUICK).failed() == ["accountant"]
+    assert "accountant" in audit_setup(make(), **QUICK).failed()
 
 
 @pytest.mark.parametrize("sampler", [broken.Shuffled, broken.FixedSize, broken.Favourites])
 def test_other_sampling_accounted_as_poisson_is_caught(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = make()
     monkeypatch.setattr(trainer, "PoissonSampler", sampler)
-    assert audit_setup(setup, **QUICK).failed() == ["sampling"]
+    found = audit_setup(setup, **QUICK).failed()
+    assert "sampling" in found
+    assert set(found) <= {"sampling", "sampling of pairs", "two runs"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
