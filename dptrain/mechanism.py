@@ -149,7 +149,7 @@ def release_event(
     Returns:
         The event to record, its noise multiplier reduced by what rounding takes.
     Raises:
-        ConfigError: secure noise for more parameters, or at a larger noise multiplier, than is paid for; a sampler that nothing is known of.
+        ConfigError: secure noise for more parameters, or at a larger noise multiplier, than is paid for; an unknown sampler.
     Guarantee: upper bounds on epsilon computed from this event hold for the floating-point release.
     Source: math.md equation (1); for secure noise, equation (1) of ``lattice.py``.
     """

@@ -12,6 +12,7 @@ from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
+from dptrain.sampling import sampling_kind, sampling_words
 
 SCHEMA_VERSION = 1  # of privacy.json; dptrain/reporting/schema.py says what its fields mean
 NOT_PRIVATE = (
@@ -94,7 +95,7 @@ def privacy_statement(
     Args:
         config: the run.
         events: the ledger.
-        facts: see ``run_facts``.
+        facts: see ``run_facts``; ``num_examples`` is needed, others may be missing.
         status: ``COMPLETE``, ``INTERRUPTED`` or ``UNFINISHED``.
         data_set: what all runs on the data have spent together, where they share a ledger.
     Returns:
@@ -111,11 +112,12 @@ def privacy_statement(
             "schema_version": SCHEMA_VERSION, "private": False, "epsilon": None, "statement": text, "status": status,
             "not_private": [WEIGHTS, *NOT_PRIVATE], **facts,
         }  # fmt: skip
-    delta, relation = privacy.target_delta, privacy.relation.value
+    delta, relation, num_examples = privacy.target_delta, privacy.relation.value, facts["num_examples"]
+    sampler = config.sampling.resolved(num_examples).public(num_examples)  # asked for words, never for a batch
     values = {name: get_accountant(name, privacy.relation).epsilon(events, delta) for name in ("rdp", "prv")}
     epsilon, releases = values[privacy.accountant], sum(count for _, count in events)
     statement = (
-        f"epsilon = {epsilon:.6g} at delta = {delta:g} for one example, neighbouring relation {relation}, Poisson sampling, "
+        f"epsilon = {epsilon:.6g} at delta = {delta:g} for one example, neighbouring relation {relation}, {sampling_words(sampler)}, "
         f"accountant {privacy.accountant}, {releases} releases."
     )
     if data_set is not None:
@@ -129,11 +131,11 @@ def privacy_statement(
         "delta": delta,
         "unit": "example",
         "neighboring_relation": relation,
-        "sampling": "poisson",
+        "sampling": sampling_kind(sampler),
         "accountant": privacy.accountant,
         "statement": f"{statement} {VOID}" if unsafe else statement,
         "status": status,
-        "notes": notes(delta, facts.get("num_examples")),
+        "notes": notes(delta, num_examples),
         "unsafe_seed": unsafe,
         "epsilon_by_accountant": values,
         "epsilon_certified_lower": PRVAccountant(privacy.relation).detail(events, delta).lower,
@@ -148,8 +150,8 @@ def privacy_statement(
     }
 
 
-def notes(delta: float, num_examples: int | None) -> list[str]:
+def notes(delta: float, num_examples: int) -> list[str]:
     """What a reader of an epsilon should know of its delta."""
-    if num_examples is None or delta < 1 / num_examples:
+    if delta < 1 / num_examples:
         return []
     return [f"delta {delta:g} is not below 1/N = {1 / num_examples:.3g}: publishing one example in full would keep the promise."]

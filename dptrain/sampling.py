@@ -206,8 +206,8 @@ class ShuffledSampler:
             Sorted indices ``[B]``, int64.
         Raises:
             ConfigError: no pass of this sampler has the step.
-        Guarantee: steps ``first + k per_pass`` up to ``first + (k + 1) per_pass - 1`` cut the order of pass k into disjoint parts, so that no
-            example is in two of them. The order follows from key and k alone.
+        Guarantee: steps ``first + k per_pass`` up to ``first + (k + 1) per_pass - 1`` cut the order of pass k into disjoint parts, so that
+            no example is in two of them. The order follows from key and k alone.
         Source: ``accounting/schemes.py``, ``shuffled_pass``.
         """
         if step < self.first:
@@ -358,6 +358,12 @@ def steps_per_release(sampling: Sampler | float) -> int:
 def first_step(sampling: Sampler) -> int:
     """The step at which the first record of a sampler's session is due."""
     return sampling.first if type(sampling) is ShuffledSampler else 0
+
+
+def sampling_kind(sampling: Sampler) -> str:
+    """``sampling`` of ``privacy.json``: ``poisson``, ``capped_poisson``, ``fixed_size`` or ``shuffle``."""
+    kinds: dict[type, str] = {CappedSampler: "capped_poisson", FixedSizeSampler: "fixed_size", ShuffledSampler: "shuffle"}
+    return kinds.get(type(sampling), "poisson")
 
 
 def sampling_words(sampling: Sampler) -> str:

@@ -60,8 +60,8 @@ class Release:
     def due(self, step: int) -> bool:
         """Whether a step begins what one record stands for, and is not in the ledger yet.
 
-        Guarantee: each step that is not a repetition is due, or follows one that is by fewer than ``span`` steps, if steps are taken in order
-            from ``first`` on.
+        Guarantee: each step that is not a repetition is due, or follows one that is by fewer than ``span`` steps, if steps are taken in
+            order from ``first`` on.
         """
         return step >= self.recorded and (step - self.first) % self.span == 0
 

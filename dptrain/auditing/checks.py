@@ -17,6 +17,7 @@ from dptrain.auditing.findings import Finding
 from dptrain.auditing.subject import Subject
 from dptrain.auditing.watch import owner_parameters
 from dptrain.mechanism import FLOAT_MARGIN
+from dptrain.sampling import CappedSampler, FixedSizeSampler, ShuffledSampler
 
 # Normal approximations are trusted to this many standard deviations: 2e-9.
 FAR = 6.0
@@ -193,22 +194,40 @@ def bookkeeping(subject: Subject) -> Finding:
     )  # fmt: skip
 
 
+# Steps that no run reaches: what is drawn for them is no secret.
+UNUSED = 10**9
+
+
 def sampling(sampler: Any, draws: int = 200) -> Finding:
-    """Logical batches must look like independent coins of the claimed rate.
+    """Logical batches must look like what the sampler's event claims.
 
     Args:
-        sampler: of the run, with ``num_examples``, ``sample_rate`` and ``sample(step)``.
+        sampler: of the run, with ``num_examples``, ``sample_rate`` and ``sample(step)``; what it claims goes by its class, and one of no
+            class that is known here claims Poisson samples.
         draws: logical batches.
     Returns:
-        The finding: rate, spread of the sizes, spread of each example's count, overlap of neighbouring batches, each within six standard
-        deviations of what Poisson sampling has; and no example twice in a batch.
+        The finding; exact, or each test within one in a million or six standard deviations of what was claimed.
     """
-    n, q = sampler.num_examples, sampler.sample_rate
-    draws = int(min(draws, max(20, 2e7 // n)))
-    # Indices that no training step has used.
-    batches = [np.asarray(sampler.sample(10**9 + t)) for t in range(draws)]
+    draws = int(min(draws, max(20, 2e7 // sampler.num_examples)))
+    if isinstance(sampler, ShuffledSampler):
+        return shuffled(sampler, draws)
+    batches = [np.asarray(sampler.sample(UNUSED + t)) for t in range(draws)]
+    if isinstance(sampler, FixedSizeSampler):
+        return fixed_size(sampler, batches)
+    if isinstance(sampler, CappedSampler):
+        return capped(sampler, batches)
+    return coins(sampler, batches)
+
+
+def coins(sampler: Any, batches: list[Any]) -> Finding:
+    """Independent coins of the claimed rate, and no example twice in a batch.
+
+    Rate, spread of the sizes, spread of each example's count, overlap of neighbouring batches: each within six standard deviations of what
+    Poisson sampling has.
+    """
+    n, q, draws = sampler.num_examples, sampler.sample_rate, len(batches)
     repeated = any(len(np.unique(b)) < len(b) for b in batches)
-    counts = np.bincount(np.concatenate([*batches, np.zeros(0, np.int64)]).astype(np.int64), minlength=n).astype(np.float64)
+    counts = counts_of(batches, n)
     sizes = np.array([len(b) for b in batches], np.float64)
     overlap = float(sum(len(np.intersect1d(a, b)) for a, b in pairwise(batches)))
     if q >= 1:
@@ -225,6 +244,116 @@ def sampling(sampler: Any, draws: int = 200) -> Finding:
     passed = abs(scores[worst]) <= FAR and not repeated
     text = f"{draws} batches of {n} examples at rate {q:.4g}: {worst} is off by {abs(scores[worst]):.3g} standard deviations"
     return Finding("sampling", bool(passed), text + ("; an example was drawn twice" if repeated else ""), scores)
+
+
+def counts_of(batches: list[Any], n: int) -> Array:
+    """In how many batches each example is."""
+    return np.bincount(np.concatenate([*batches, np.zeros(0, np.int64)]).astype(np.int64), minlength=n).astype(np.float64)
+
+
+def overlap_score(batches: list[Any], n: int) -> float:
+    """How far the overlap of neighbouring batches is from its mean, in standard deviations, where each is a uniform subset of its size.
+
+    Source: given the sizes a and b, an overlap is hypergeometric, and independent of the next one.
+    """
+    pairs = [(len(a), len(b), len(np.intersect1d(a, b))) for a, b in pairwise(batches)]
+    mean = math.fsum(a * b / n for a, b, _ in pairs)
+    var = math.fsum(a * b * (n - a) * (n - b) / (n * n * max(1, n - 1)) for a, b, _ in pairs)
+    off = math.fsum(found for _, _, found in pairs) - mean
+    return off / math.sqrt(var) if var > 0 else (0.0 if abs(off) < 1e-9 else math.inf)
+
+
+def rate_test(counts: Array, draws: int, rate: float) -> float:
+    """p-value of the most unusual example, if each is in a batch with this rate, independently from batch to batch; for all examples."""
+    from scipy.stats import binom
+
+    tails = np.minimum(binom.cdf(counts, draws, rate), binom.sf(counts - 1, draws, rate))
+    return min(1.0, 2 * len(counts) * float(tails.min()))
+
+
+def fixed_size(sampler: Any, batches: list[Any]) -> Finding:
+    """Uniform subsets of one size, drawn anew.
+
+    The size exactly; each example's rate, the spread of the counts, the overlap of neighbouring batches.
+    """
+    from scipy.stats import chi2
+
+    n, size, draws = sampler.num_examples, sampler.batch_size, len(batches)
+    exact = all(len(b) == size == len(np.unique(b)) and b.min() >= 0 and b.max() < n for b in batches)
+    counts, q = counts_of(batches, n), size / n
+    figures = {"overlap of neighbouring batches": overlap_score(batches, n)}
+    p = {"an example's rate": rate_test(counts, draws, q)}
+    if size < n:  # the sum of all overlaps, with the mean and the variance that it has exactly
+        square = float(((counts - draws * q) ** 2).sum()) / (draws * q * (1 - q)) * (n - 1) / n
+        moved = max(0.0, (square - (n - 1)) * math.sqrt(draws / (draws - 1)) + (n - 1))
+        p["spread of examples' counts"] = 2 * min(float(chi2.cdf(moved, n - 1)), float(chi2.sf(moved, n - 1)))
+    return verdict(f"{draws} batches of {size} of {n} examples", "a batch has another size, or an example twice", exact, figures, p)
+
+
+def capped(sampler: Any, batches: list[Any]) -> Finding:
+    """Poisson samples of which at most some are kept, at random.
+
+    The cap exactly; mean and spread of the sizes, the number of full batches, each example's rate, the overlap of neighbouring batches.
+    """
+    from scipy.stats import binom
+
+    n, q, cap, draws = sampler.num_examples, sampler.sample_rate, sampler.max_batch_size, len(batches)
+    exact = all(len(np.unique(b)) == len(b) <= cap for b in batches)
+    values = np.arange(cap + 1, dtype=np.float64)
+    weights = binom.pmf(values, n, q)
+    weights[-1] = binom.sf(cap - 1, n, q)
+    mean = float(weights @ values)
+    var, fourth = (float(weights @ (values - mean) ** power) for power in (2, 4))
+    sizes = np.array([len(b) for b in batches], np.float64)
+    spare, beyond = float(((sizes - mean) ** 2).sum()) - draws * var, fourth - var**2
+    figures = {"overlap of neighbouring batches": overlap_score(batches, n)}
+    full = int((sizes == cap).sum())
+    tail = float(weights[-1])
+    p = {
+        "an example's rate": rate_test(counts_of(batches, n), draws, mean / n),
+        "full batches": min(1.0, 2 * min(float(binom.cdf(full, draws, tail)), float(binom.sf(full - 1, draws, tail)))),
+    }
+    if var * draws >= SHORTEST:  # enough of it for a normal approximation
+        figures |= {"mean of batch sizes": (sizes.sum() - draws * mean) / math.sqrt(draws * var)}
+        figures |= {"spread of batch sizes": spare / math.sqrt(draws * beyond)}
+    return verdict(
+        f"{draws} batches of at most {cap} of {n} examples at rate {q:.4g}", "a batch is above the cap, or has an example twice", exact,
+        figures, p,
+    )  # fmt: skip
+
+
+def shuffled(sampler: Any, draws: int) -> Finding:
+    """Passes in orders of their own.
+
+    Exactly: every batch has its size, and no example is twice in a pass. The places that examples have in two passes have no more in common
+    than chance gives them.
+    """
+    n, size, per_pass = sampler.num_examples, sampler.batch_size, sampler.per_pass
+    start = sampler.first + (UNUSED // per_pass + 1) * per_pass
+    places, exact = [], True
+    for number in range(max(2, min(20, draws // per_pass))):
+        batches = [np.asarray(sampler.sample(start + number * per_pass + t)) for t in range(per_pass)]
+        drawn = np.concatenate(batches)
+        exact = exact and all(len(b) == size for b in batches) and len(np.unique(drawn)) == len(drawn)
+        place = np.full(n, -1)
+        place[drawn] = np.repeat(np.arange(per_pass), [len(b) for b in batches])
+        places.append(place)
+    shared = math.fsum(float(((a == b) & (a >= 0)).sum()) for a, b in pairwise(places))
+    mean = (len(places) - 1) * per_pass * size * size / n
+    # A table of two partitions has hypergeometric cells; those of its diagonal are correlated.
+    cells = per_pass * (size * (n - size)) ** 2 + per_pass * (per_pass - 1) * size**4
+    var = (len(places) - 1) * cells / (n * n * max(1, n - 1))
+    off = (shared - mean) / math.sqrt(var) if var > 0 else 0.0
+    text = f"{len(places)} passes of {per_pass} batches of {size} of {n} examples"
+    return verdict(text, "an example is twice in a pass, or a batch has another size", exact, {"places that two passes share": off}, {})
+
+
+def verdict(what: str, broken: str, exact: bool, scores: dict[str, float], p_values: dict[str, float]) -> Finding:
+    """A finding from what must hold exactly, scores in standard deviations and p-values."""
+    texts = {name: (abs(score) > FAR, f"{name} is off by {abs(score):.3g} standard deviations") for name, score in scores.items()}
+    texts |= {name: (p <= FALSE_ALARM / 4, f"{name} has p = {p:.3g}") for name, p in p_values.items()}
+    wrong = [text for bad, text in texts.values() if bad] + ([] if exact else [broken])
+    return Finding("sampling", not wrong, f"{what}: {'; '.join(wrong) or '; '.join(text for _, text in texts.values())}", scores | p_values)
 
 
 def spread(values: Array, trials: int, q: float) -> float:

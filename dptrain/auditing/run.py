@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from accounting import get_accountant
+from accounting import GaussianEvent, get_accountant
 from accounting.prv import PRVAccountant
 from dptrain.auditing import checks, game, onerun, pool
 from dptrain.auditing.bounds import FALSE_ALARM, Guesses
@@ -23,8 +23,9 @@ from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.errors import ConfigError
 from dptrain.mechanism import FLOAT_MARGIN, effective_noise_multiplier
+from dptrain.sampling import event_of, steps_per_release
 from dptrain.setup import Setup, prepare
-from dptrain.trainer import Loop, Progress, noise_multiplier
+from dptrain.trainer import Loop, Progress, planned_noise
 
 SMALL_DELTAS = (1e-7, 1e-9, 1e-12)
 
@@ -104,10 +105,10 @@ def audit_setup(
     privacy = setup.config.privacy
     start = setup.backend.get_weights(setup.model)
     findings = step_findings(setup, trials, privacy.target_delta, seed)
-    sigma = noise_multiplier(setup.config, setup.sample_rate, setup.num_steps)
+    sigma = planned_noise(setup)
     outcome = onerun.run(setup, sigma, canaries, examples, seed, progress)
     loop = outcome.loop
-    findings.append(checks.sampling(getattr(loop.step.sampler, "sampler", loop.step.sampler)))
+    findings.append(checks.sampling(own_sampler(loop)))
     trained = replace(setup, plan=loop.in_force.plan) if loop.in_force else setup
     findings += bound_findings(trained, "trained weights", seed)
     setup.backend.set_weights(setup.model, start)
@@ -128,19 +129,36 @@ def audit_setup(
     )
 
 
+def own_sampler(loop: Loop) -> Any:
+    """The run's sampler, without what the audit has put around it."""
+    return getattr(loop.step.sampler, "sampler", loop.step.sampler)
+
+
 def run_ledger(setup: Setup, loop: Loop) -> Finding:
-    """The run's ledger holds every step, at the rate and with the noise that it had."""
-    events, counted = loop.ledger.events, loop.ledger.num_releases
-    noise = effective_noise_multiplier(setup.plan, loop.stds or {}, setup.config.privacy.relation)
-    rate = float(loop.step.sampler.sample_rate)
+    """The run's ledger holds every step, drawn in the way and with the noise that it had."""
+    events, counted, sampler = loop.ledger.events, loop.ledger.num_releases, own_sampler(loop)
+    relation = setup.config.privacy.relation
+    noise = effective_noise_multiplier(setup.plan, loop.stds or {}, relation)
+    truth = event_of(sampler, noise, relation)
+    needed = -(-setup.num_steps // steps_per_release(sampler))
     quiet = max((checks.claim(event) for event, _ in events), default=0.0)
-    rare = min((getattr(event, "sample_rate", rate) for event, _ in events), default=1.0)
-    right = counted >= setup.num_steps and quiet <= noise * (1 + 1e-9) and rare >= rate * (1 - 1e-9)
+    rare = min((getattr(event, "sample_rate", 0.0) for event, _ in events), default=1.0)
+    same = all(drawn_alike(event, truth) for event, _ in events)
+    right = counted >= needed and quiet <= noise * (1 + 1e-9) and rare >= truth.sample_rate * (1 - 1e-9) and same
     text = (
         f"{counted} releases recorded for {setup.num_steps} steps, at noise multiplier {quiet:.6g} (in truth {noise:.6g}) and sample rate "
-        f"{rare:.6g} (in truth {rate:.6g})"
+        f"{rare:.6g} (in truth {truth.sample_rate:.6g})"
     )
+    if not same:
+        text += f"; recorded as {', '.join(sorted({type(event).__name__ for event, _ in events}))}, in truth {truth}"
     return Finding("ledger of the run", bool(right), text, {"recorded": float(counted), "steps": float(setup.num_steps)})
+
+
+def drawn_alike(event: Any, truth: GaussianEvent) -> bool:
+    """Whether an event is of the batches that were drawn, whatever it says of rate and noise."""
+    left_out = ("noise_multiplier", "sample_rate")
+    said, is_so = ({k: v for k, v in one.to_dict().items() if k not in left_out} for one in (event, truth))
+    return bool(said == is_so)
 
 
 def accountant_finding(claimed: float, events: Any, setup: Setup) -> Finding:
