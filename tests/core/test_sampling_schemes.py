@@ -412,7 +412,7 @@ def test_a_ledger_of_other_batches_is_refused(tmp_path):
         (tmp_path / "run" / "ledger.jsonl").unlink()
         with PrivacyLedger(tmp_path / "run" / "ledger.jsonl", facts=ledger.facts) as other:
             other.record(event, 6)
-        with pytest.raises(RunError, match="batches drawn as config.yaml says are"):
+        with pytest.raises(RunError, match=r"batches drawn as config\.yaml says are"):
             examine([tmp_path / "run"])
 
 
