@@ -12,7 +12,7 @@ from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
-from dptrain.sampling import sampling_kind, sampling_words
+from dptrain.sampling import Sampler, sampling_kind, sampling_words
 
 SCHEMA_VERSION = 1  # of privacy.json; dptrain/reporting/schema.py says what its fields mean
 NOT_PRIVATE = (
@@ -89,6 +89,7 @@ def privacy_statement(
     facts: Mapping[str, Any],
     status: str,
     data_set: Mapping[str, Any] | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """What may be promised of a run's weights and checkpoints; the content of ``privacy.json``.
 
@@ -98,6 +99,7 @@ def privacy_statement(
         facts: see ``run_facts``; ``num_examples`` is needed, others may be missing.
         status: ``COMPLETE``, ``INTERRUPTED`` or ``UNFINISHED``.
         data_set: what all runs on the data have spent together, where they share a ledger.
+        sampler: what drew the batches, to be named in words; by default, one as the config says.
     Returns:
         Plain data, as ``dptrain.reporting.schema.Statement`` describes it; ``epsilon`` is None for non-private training.
     Guarantee: epsilon is the accountant's upper bound on the recorded releases, at ``delta``, for the relation stated. Nothing in
@@ -113,7 +115,7 @@ def privacy_statement(
             "not_private": [WEIGHTS, *NOT_PRIVATE], **facts,
         }  # fmt: skip
     delta, relation, num_examples = privacy.target_delta, privacy.relation.value, facts["num_examples"]
-    sampler = config.sampling.resolved(num_examples).public(num_examples)  # asked for words, never for a batch
+    sampler = sampler or config.sampling.resolved(num_examples).public(num_examples)
     values = {name: get_accountant(name, privacy.relation).epsilon(events, delta) for name in ("rdp", "prv")}
     epsilon, releases = values[privacy.accountant], sum(count for _, count in events)
     statement = (

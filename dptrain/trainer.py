@@ -27,7 +27,7 @@ from dptrain.profiling import Profile
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
 from dptrain.report import COMPLETE, INTERRUPTED, privacy_statement, run_facts
 from dptrain.rundir import RunDirectory, begun
-from dptrain.sampling import AnySampler, Sampler, event_of, first_step, steps_per_release
+from dptrain.sampling import Sampler, event_of, first_step, steps_per_release
 from dptrain.setup import Setup, check_bounds, prepare
 from dptrain.step import Release, TrainingStep
 
@@ -175,13 +175,13 @@ class Loop:
         seed = self.config.privacy.unsafe_seed
         # A shuffled pass that was cut short is not continued: its order is gone with the key, unless both follow from a seed.
         first = self.start if seed is None else 0
-        sampler = setup.scheme.sampler(len(setup.data.x_train), RandomKey.make(SAMPLING, seed), first)
+        self.sampler = sampler = setup.scheme.sampler(len(setup.data.x_train), RandomKey.make(SAMPLING, seed), first)
         self.span = steps_per_release(sampler)
         release = None
         if sigma is not None:
             sigma = self._sigma(sigma)
             self.in_force = self._in_force(sigma)
-            release = self._release(seed, sigma, sampler)
+            release = self._release(seed, sigma)
         self.run_dir.remember(facts=self._facts())  # for a report of a run that never ends
         self.step = TrainingStep(
             self.backend, setup.model, setup.loss, self.optimizer, setup.plan, sampler, setup.data.x_train, setup.data.y_train,
@@ -231,7 +231,7 @@ class Loop:
         """Bounds and clipping norms that move, as the checkpoint left them; None where nothing moves."""
         setup, privacy = self.setup, self.config.privacy
         mechanism = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights)
-        expected = setup.sample_rate * len(setup.data.x_train)
+        expected = self.sampler.sample_rate * self.sampler.num_examples
         found = PlanInForce(self.config.strategy, setup.info, setup.plan, mechanism, privacy.relation, expected)
         if not found.moves:
             return None
@@ -240,7 +240,7 @@ class Loop:
             found.restore(self.bounds, self.backend.graph_weights(setup.model, graph) if graph else {})
         return found
 
-    def _release(self, seed: int | None, sigma: float, sampler: AnySampler) -> Release:
+    def _release(self, seed: int | None, sigma: float) -> Release:
         """Noise and event of every release of this run, within the budget that the ledger leaves."""
         setup, privacy = self.setup, self.config.privacy
         if self.ledger.num_releases * self.span < self.start:
@@ -249,7 +249,7 @@ class Loop:
                 "releases were lost; restore the ledger or start in another --out directory."
             )
         self.stds = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights).stds(setup.plan, privacy.relation)
-        event = release_event(setup.plan, self.stds, sampler, privacy.relation, privacy.noise)
+        event = release_event(setup.plan, self.stds, self.sampler, privacy.relation, privacy.noise)
         planned = -(-setup.num_steps // self.span)
         remaining = max(0, planned - self.ledger.num_releases)
         self.guard = Guard(privacy, self.records.budget, event, remaining)
@@ -258,7 +258,7 @@ class Loop:
         # With an unsafe_seed the steps between checkpoint and ledger release the same bits again, so they are not counted twice.
         recorded = self.ledger.num_releases * self.span if seed is not None else 0
         key = RandomKey.make(NOISE, seed)
-        return Release(self.stds, event, key, self.records, recorded, privacy.noise, self.span, first_step(sampler))
+        return Release(self.stds, event, key, self.records, recorded, privacy.noise, self.span, first_step(self.sampler))
 
     def steps(self) -> range:
         """The steps to run: what ledger and budget leave of the plan; a killed run that lost weights does not get its releases back.
@@ -329,7 +329,7 @@ class Loop:
         if self.config.performance.check_bounds:
             check_bounds(setup, plan)
         status, total = COMPLETE if complete else INTERRUPTED, self.records.total(self.config.privacy)
-        statement = privacy_statement(self.config, self.ledger.events, self._facts(), status, total)
+        statement = privacy_statement(self.config, self.ledger.events, self._facts(), status, total, self.sampler)
         if out is not None:
             self.run_dir.log(step=step, private=False, final=complete, **{f"test_{k}": v for k, v in metrics.items()})
             weights = self.backend.get_weights(setup.model)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import dptrain
 import dptrain.trainer as trainer
 from accounting import SampledGaussian
 from dptrain.auditing import audit_setup, checks
+from dptrain.auditing.membership import membership
 from dptrain.data import from_arrays
 from dptrain.randomness import SAMPLING, RandomKey
 from dptrain.sampling import CappedSampler, FixedSizeSampler, PoissonSampler, ShuffledSampler
@@ -21,7 +24,7 @@ from tests.core.shared import blobs, config
 KEY = RandomKey.make(SAMPLING, unsafe_seed=41)
 SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
     "capped": ({"sample_rate": 0.2, "max_batch_size": 62}, "add_remove"),
-    "fixed_size": ({"expected_batch_size": 60, "scheme": "fixed_size"}, "replace_one"),
+    "fixed_size": ({"sample_rate": 0.2, "scheme": "fixed_size"}, "replace_one"),
     "shuffle": ({"expected_batch_size": 40, "scheme": "shuffle"}, "zero_out"),
 }
 
@@ -41,7 +44,7 @@ def make(name: str, backend: str = "torch", steps: int = 8, relation: str = "", 
      pytest.param("fixed_size", "torch", "", marks=pytest.mark.slow), pytest.param("shuffle", "tensorflow", "", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_sound_runs_pass(name: str, backend: str, relation: str) -> None:
-    found = audit_setup(make(name, backend, relation=relation), canaries=60, examples=40, trials=200)
+    found = audit_setup(make(name, backend, relation=relation), canaries=60, examples=41, trials=200)
     assert found.passed, str(found)
     assert 0 <= found.epsilon_lower_bound <= found.epsilon
 
@@ -211,3 +214,16 @@ def test_a_backend_that_is_broken_is_caught_whatever_the_sampling() -> None:
     setup = make("shuffle", steps=2)
     assert "noise" in audit_setup(broken.with_backend(setup, broken.HalvedNoise), canaries=0, examples=0, trials=0).failed()
     assert dataclasses.replace(setup).scheme.kind == "shuffle"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_shadow_models_are_trained_like_the_run(name: str, tmp_path: Path) -> None:
+    """On other data, for which neither the rate times N is whole nor the budget of the run enough."""
+    sampling, relation = SCHEMES[name]
+    privacy = {"target_epsilon": 2.0, "accountant": "rdp", "relation": relation}
+    run = config(model={"name": "mlp", "hidden": [8]}, sampling={**sampling, "steps": 5}, privacy=privacy)
+    data = blobs(300)
+    dptrain.train(run, data=data, out=tmp_path)
+    found = membership(tmp_path, shadows=2, most=101, data=data)
+    assert (found.members, found.others, len(found.rocs)) == (101, 100, 2)
+    assert found.epsilon is not None and found.epsilon <= 2.0
