@@ -487,6 +487,24 @@ def test_an_interrupted_pass_with_a_seed_goes_on_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(value, weights_of(last)[name])
 
 
+def test_evaluations_know_at_most_how_many_passes_were_begun(tmp_path):
+    parts = {"performance": {"compile": False, "evaluate_every": 2}}
+    dptrain.train(run_of("shuffle", steps=15, **parts), data=blobs(), out=tmp_path / "whole")
+    (whole,) = examine([tmp_path / "whole"])
+    found = [(e.step, e.releases) for e in whole.files.metrics.evaluations]
+    assert found == [*((step, -(-step // 5)) for step in range(2, 15, 2)), (15, 3)]
+    run = run_of("shuffle", steps=15, **parts)
+    dptrain.train(run, data=blobs(), out=tmp_path / "cut", progress=stop_after(7))
+    dptrain.train(run, data=blobs(), out=tmp_path / "cut")
+    (cut,) = examine([tmp_path / "cut"])
+    begun = {2: 1, 4: 1, 6: 2, 7: 2, 8: 3, 10: 3, 12: 3}  # by steps 0, 5 and, anew, 7
+    for evaluation in cut.files.metrics.evaluations:
+        assert begun[evaluation.step] <= evaluation.releases <= 3
+    seeded = run_of("shuffle", steps=15, privacy={**RDP, "unsafe_seed": 1}, **parts)
+    dptrain.train(seeded, data=blobs(), out=tmp_path / "seeded")
+    assert {e.releases for e in examine([tmp_path / "seeded"])[0].files.metrics.evaluations} == {3}
+
+
 def test_a_ledger_that_lost_a_pass_is_refused(tmp_path):
     run = run_of("shuffle", steps=15)
     dptrain.train(run, data=blobs(), out=tmp_path, progress=stop_after(7))
