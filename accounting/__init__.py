@@ -17,7 +17,7 @@ from accounting.errors import AccountingError, LedgerError
 from accounting.events import Event, Events, SampledGaussian, normalise
 from accounting.kinds import event_from_dict
 from accounting.ledger import PrivacyLedger
-from accounting.schemes import CappedGaussian, FixedSizeGaussian, shuffled_pass
+from accounting.schemes import CappedGaussian, FixedSizeGaussian, GaussianEvent, shuffled_pass
 from accounting.tradeoff import TradeOff, trade_off
 from accounting.tuning import Tuning
 
@@ -29,6 +29,7 @@ __all__ = [
     "Event",
     "Events",
     "FixedSizeGaussian",
+    "GaussianEvent",
     "LedgerError",
     "NeighboringRelation",
     "PrivacyLedger",

@@ -23,7 +23,7 @@ from accounting.errors import (
     check_real,
     check_sample_rate,
 )
-from accounting.events import Events, SampledGaussian, normalise
+from accounting.events import Event, Events, SampledGaussian, normalise
 
 # What is spent by which events, according to an accountant.
 Measure = Callable[[Accountant, Events], float]
@@ -154,8 +154,8 @@ class _Budget:
         if spent > self.target:
             raise AccountingError(f"{where}: the history alone has {what.format(spent)}, above the target {target:g}; raise the target.")
 
-    def spent(self, sigma: float, rate: float, steps: int) -> float:
-        return self._measure(self.accountant, (*self.history, (SampledGaussian(sigma, rate), steps)))
+    def spent(self, event: Event, steps: int) -> float:
+        return self._measure(self.accountant, (*self.history, (event, steps)))
 
     def unreachable(self, best: str, change: str) -> AccountingError:
         return AccountingError(f"{self.where}: {self.what.format(self.target)} is out of reach: {best}; {change}.")
@@ -182,17 +182,20 @@ def calibrate_noise_multiplier(
     accountant: str = "prv",
     relation: NeighboringRelation | str = "add_remove",
     history: Events = (),
+    *,
+    event: Callable[[float], Event] | None = None,
 ) -> float:
     """Returns the smallest noise multiplier (to 0.1 % of epsilon) whose epsilon does not exceed the target.
 
     Args:
       target_epsilon: budget in nats, including `history`.
       delta: in (0, 1).
-      sample_rate: Poisson sample rate in (0, 1].
+      sample_rate: Poisson sample rate in (0, 1]; with `event`, where the search begins.
       steps: number of releases, at least 1.
       accountant: name in ACCOUNTANTS.
       relation: neighbouring relation.
       history: (event, count) pairs already spent.
+      event: noise multiplier -> what one release is recorded as, such as a `CappedGaussian`; a `SampledGaussian` by default.
 
     Returns:
       Noise standard deviation / L2 sensitivity.
@@ -203,7 +206,7 @@ def calibrate_noise_multiplier(
     Guarantee: epsilon(history + result) <= target_epsilon.
     """
     where = "calibrate_noise_multiplier"
-    return _noise(_epsilon_budget(where, target_epsilon, delta, accountant, relation, history), sample_rate, steps)
+    return _noise(_epsilon_budget(where, target_epsilon, delta, accountant, relation, history), sample_rate, steps, event)
 
 
 def calibrate_sample_rate(
@@ -243,17 +246,20 @@ def calibrate_steps(
     accountant: str = "prv",
     relation: NeighboringRelation | str = "add_remove",
     history: Events = (),
+    *,
+    event: Event | None = None,
 ) -> int:
     """Returns the largest number of further releases whose epsilon does not exceed the target.
 
     Args:
       target_epsilon: budget in nats, including `history`.
       delta: in (0, 1).
-      sample_rate: Poisson sample rate in (0, 1].
-      noise_multiplier: noise standard deviation / L2 sensitivity.
+      sample_rate: Poisson sample rate in (0, 1]; with `event`, where the search begins.
+      noise_multiplier: noise standard deviation / L2 sensitivity; with `event`, likewise.
       accountant: name in ACCOUNTANTS.
       relation: neighbouring relation.
       history: (event, count) pairs already spent.
+      event: what one release is recorded as, of any kind; a `SampledGaussian` by default.
 
     Raises:
       AccountingError: for invalid input, if one release exceeds the budget, and if 10^9 releases do not.
@@ -261,7 +267,7 @@ def calibrate_steps(
     Guarantee: epsilon(history + result) <= target_epsilon, and one release more was found to exceed it.
     """
     where = "calibrate_steps"
-    return _steps(_epsilon_budget(where, target_epsilon, delta, accountant, relation, history), sample_rate, noise_multiplier)
+    return _steps(_epsilon_budget(where, target_epsilon, delta, accountant, relation, history), sample_rate, noise_multiplier, event)
 
 
 def calibrate_to_delta(
@@ -362,16 +368,17 @@ def _check_sigma(noise_multiplier: float, where: str) -> float:
     return SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=where), 1.0).noise_multiplier
 
 
-def _noise(budget: _Budget, sample_rate: float, steps: int) -> float:
+def _noise(budget: _Budget, sample_rate: float, steps: int, event: Callable[[float], Event] | None = None) -> float:
     rate, count = check_sample_rate(sample_rate, where=budget.where), _check_steps(steps, budget.where)
-    normalise([(SampledGaussian(1.0, rate), count)])  # refuses what no accountant can speak of
+    of: Callable[[float], Event] = event or (lambda sigma: SampledGaussian(sigma, rate))
+    normalise([(of(1.0), count)])  # refuses what no accountant can speak of
     # Larger noise is more private: search in the inverse. The guess is the Gaussian limit, right within a factor.
     guess = rate * math.sqrt(count) / budget.mu
-    search = _Search(lambda x: budget.spent(math.exp(-x), rate, count), budget.target)
+    search = _Search(lambda x: budget.spent(of(math.exp(-x)), count), budget.target)
     smallest, largest = _NOISE_RANGE
     good, _ = search.run(-math.log(max(guess, 0.6)), -math.log(largest), -math.log(smallest), _close)
     if math.isnan(good):
-        best = budget.spent(largest, rate, count)
+        best = budget.spent(of(largest), count)
         raise budget.unreachable(
             f"with noise multiplier {largest:g} it is {best:.6g}",
             "take fewer steps, a smaller sample rate or a larger target or delta",
@@ -388,10 +395,10 @@ def _rate(budget: _Budget, noise_multiplier: float, steps: int) -> float:
     sigma, count = _check_sigma(noise_multiplier, budget.where), _check_steps(steps, budget.where)
     normalise([(SampledGaussian(1.0, 1.0), count)])  # refuses what no accountant can speak of
     guess = budget.mu * sigma / math.sqrt(count)
-    search = _Search(lambda x: budget.spent(sigma, min(1.0, math.exp(x)), count), budget.target)
+    search = _Search(lambda x: budget.spent(SampledGaussian(sigma, min(1.0, math.exp(x))), count), budget.target)
     good, _ = search.run(math.log(min(max(guess, 1e-9), 1.0)), math.log(_MIN_RATE), 0.0, _close)
     if math.isnan(good):
-        best = budget.spent(sigma, _MIN_RATE, count)
+        best = budget.spent(SampledGaussian(sigma, _MIN_RATE), count)
         raise budget.unreachable(
             f"with sample rate {_MIN_RATE:g} it is {best:.6g}",
             "raise the noise multiplier, the target or delta, or take fewer steps",
@@ -399,17 +406,17 @@ def _rate(budget: _Budget, noise_multiplier: float, steps: int) -> float:
     return min(1.0, math.exp(good))
 
 
-def _steps(budget: _Budget, sample_rate: float, noise_multiplier: float) -> int:
+def _steps(budget: _Budget, sample_rate: float, noise_multiplier: float, event: Event | None = None) -> int:
     rate = check_sample_rate(sample_rate, where=budget.where)
     sigma = SampledGaussian(check_positive(noise_multiplier, "noise_multiplier", where=budget.where), rate).noise_multiplier
+    one = event if event is not None else SampledGaussian(sigma, rate)
     log_guess = 2 * (_log(budget.mu) + math.log(sigma) - math.log(rate))
     # Epsilon grows between the square root and the first power of the steps, mostly; the search does not rely on it.
-    search = _Search(lambda x: budget.spent(sigma, rate, round(math.exp(x))), budget.target, whole=True)
+    search = _Search(lambda x: budget.spent(one, round(math.exp(x))), budget.target, whole=True)
     start = math.log(round(math.exp(min(max(log_guess, 0.0), math.log(_MAX_STEPS)))))
     good, bad = search.run(start, 0.0, math.log(_MAX_STEPS), _adjacent)
     if math.isnan(good):
-        one = budget.spent(sigma, rate, 1)
-        raise budget.unreachable(f"one release already gives {one:.6g}", "raise the noise multiplier or the budget")
+        raise budget.unreachable(f"one release already gives {budget.spent(one, 1):.6g}", "raise the noise multiplier or the budget")
     if math.isnan(bad):
         raise AccountingError(
             f"{budget.where}: {_MAX_STEPS:.0e} releases stay within {budget.what.format(budget.target)}; lower the noise multiplier or"

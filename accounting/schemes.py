@@ -122,6 +122,10 @@ class FixedSizeGaussian(Event):
         return (self.noise_multiplier, self.num_examples, self.batch_size)
 
 
+# Every kind of event that a training step can be: a Gaussian mechanism on a batch.
+GaussianEvent = SampledGaussian | CappedGaussian | FixedSizeGaussian
+
+
 def shuffled_pass(noise_multiplier: float) -> SampledGaussian:
     """Returns the event of one pass over shuffled data in disjoint batches, no amplification by the shuffle claimed.
 

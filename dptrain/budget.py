@@ -18,9 +18,10 @@ from dptrain.config import Privacy
 from dptrain.errors import ConfigError, DptrainError, RunError
 from dptrain.guard import MOST, Guard, refuse_overplanning, spent
 from dptrain.mechanism import GaussianMechanism, event_noise_multiplier, noise_multiplier_for
+from dptrain.sampling import POISSON_WORDS, SHUFFLE_WORDS
 
 SamplingKind = Literal["poisson", "shuffle"]
-SAMPLING_WORDS = {"poisson": "Poisson sampling", "shuffle": "shuffled passes without amplification"}
+SAMPLING_WORDS = {"poisson": POISSON_WORDS, "shuffle": SHUFFLE_WORDS}
 
 
 class BudgetError(DptrainError):

@@ -97,15 +97,16 @@ def plan(
     from dptrain.errors import ConfigError
     from dptrain.mechanism import GaussianMechanism, release_event
     from dptrain.predict import predicted
+    from dptrain.sampling import sampling_words
     from dptrain.tables import plan_table, render
-    from dptrain.trainer import noise_multiplier, prepare
+    from dptrain.trainer import planned_noise, prepare
 
     loaded = TrainConfig.load(config, set_)
     preload(backend, loaded.performance)
     setup = prepare(loaded, backend)
     stds = None
     if setup.plan.private:
-        sigma = noise_multiplier(loaded, setup.sample_rate, setup.num_steps)
+        sigma = planned_noise(setup)
         mechanism = GaussianMechanism(sigma, loaded.privacy.allocation, loaded.privacy.noise_weights)
         stds = mechanism.stds(setup.plan, loaded.privacy.relation)
     found = None
@@ -118,18 +119,22 @@ def plan(
         typer.echo(str(predicted(setup)))
     typer.echo(f"N = {len(setup.data.x_train)}, sample rate {setup.sample_rate:.6g}, {setup.num_steps} steps")
     if stds is not None:
-        event = release_event(setup.plan, stds, setup.sample_rate, loaded.privacy.relation, loaded.privacy.noise)
-        typer.echo(statement(loaded.privacy.accountant, loaded.privacy.relation.value, event, setup.num_steps, loaded.privacy.target_delta))
+        sampler, privacy = setup.scheme.public(len(setup.data.x_train)), loaded.privacy
+        event = release_event(setup.plan, stds, sampler, privacy.relation, privacy.noise)
+        words, delta = sampling_words(sampler), privacy.target_delta
+        said = statement(privacy.accountant, privacy.relation.value, event, setup.num_releases, delta, words)
+        releases = f" in {setup.num_releases} releases" if setup.num_releases < setup.num_steps else ""
+        typer.echo(f"{said}, {setup.num_steps} steps{releases}")
 
 
-def statement(accountant: str, relation: str, event: Any, steps: int, delta: float) -> str:
+def statement(accountant: str, relation: str, event: Any, releases: int, delta: float, sampling: str) -> str:
     """A printed epsilon, with delta, relation, sampling and accountant."""
     from accounting import get_accountant
 
-    epsilon = get_accountant(accountant, relation).epsilon([(event, steps)], delta)
+    epsilon = get_accountant(accountant, relation).epsilon([(event, releases)], delta)
     return (
-        f"epsilon = {epsilon:.6g} at delta = {delta:g} ({relation}, Poisson sampling, accountant {accountant}); "
-        f"noise multiplier {event.noise_multiplier:.6g}, sample rate {event.sample_rate:.6g}, {steps} steps"
+        f"epsilon = {epsilon:.6g} at delta = {delta:g} ({relation}, {sampling}, accountant {accountant}); "
+        f"noise multiplier {event.noise_multiplier:.6g}, sample rate {event.sample_rate:.6g}"
     )
 
 

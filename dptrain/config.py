@@ -22,9 +22,10 @@ from accounting import NeighboringRelation
 from dptrain.costs import Decision
 from dptrain.errors import ConfigError
 from dptrain.losses import LossConfig
-from dptrain.mechanism import Allocation, NoiseKind
+from dptrain.mechanism import Allocation
 from dptrain.models import ModelConfig
-from dptrain.sampling import MOST
+from dptrain.randomness import NoiseKind
+from dptrain.sampling import MOST, Scheme, SchemeKind, relation_problem
 from dptrain.strategies import StrategyConfig
 from dptrain.strategies.clipping import MixedGhost
 
@@ -39,7 +40,8 @@ NAMED_PARTS = ("model", "data", "strategy", "optimizer", "loss")  # ``strategy: 
 
 LATER_SETTINGS = (
     ("privacy", "noise_weights"), ("privacy", "noise"), ("privacy", "ledger"),
-    ("performance", "check_bounds"), ("performance", "monitors"), ("performance", "prefer"),
+    ("sampling", "scheme"), ("sampling", "max_batch_size"), ("performance", "check_bounds"), ("performance", "monitors"),
+    ("performance", "prefer"),
 )  # fmt: skip
 
 
@@ -98,19 +100,26 @@ class Privacy(Part):
 
 
 class Sampling(Part):
-    """How many steps, on how many examples. Give ``sample_rate`` or ``expected_batch_size``, and ``steps`` or ``epochs``.
+    """How many steps, on which examples. Give ``sample_rate`` or ``expected_batch_size``, and ``steps`` or ``epochs``.
 
     Args:
-        sample_rate: q, probability with which each example enters a step.
+        sample_rate: q, probability with which each example enters a step; with ``fixed_size`` and ``shuffle`` the part of the data that a
+            batch is, for which q N must be whole.
         expected_batch_size: q N.
         steps: number of steps.
-        epochs: expected passes over the data; ``steps = ceil(epochs / q)``.
+        epochs: expected passes over the data; ``steps = ceil(epochs / q)``, with ``shuffle`` ``ceil(epochs floor(N / B))``.
+        scheme: ``poisson``: each step draws each example independently; ``fixed_size``: each step draws exactly B examples without
+            replacement, under ``privacy.relation: replace_one``; ``shuffle``: passes over the data in secret orders, cut into batches of
+            exactly B, recorded once per pass and without amplification, under ``zero_out`` or ``replace_one`` (docs/sampling.md).
+        max_batch_size: of ``poisson``: the most examples of a step; what is drawn beyond is dropped at random, and the accountant knows.
     """
 
     sample_rate: Probability | None = None
     expected_batch_size: PositiveInt | None = None
     steps: PositiveInt | None = None
     epochs: Positive | None = None
+    scheme: SchemeKind = "poisson"
+    max_batch_size: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Sampling:
@@ -118,6 +127,8 @@ class Sampling(Part):
             raise ValueError("give exactly one of sample_rate and expected_batch_size")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.max_batch_size is not None and self.scheme != "poisson":
+            raise ValueError(f"max_batch_size belongs to the scheme poisson, and batches of {self.scheme} have one size; remove it")
         return self
 
     def rate(self, num_examples: int) -> float:
@@ -136,6 +147,23 @@ class Sampling(Part):
             )
         return self.expected_batch_size / num_examples
 
+    def resolved(self, num_examples: int) -> Scheme:
+        """How examples of a data set of N enter the steps.
+
+        Raises:
+            ConfigError: the expected batch is larger than the data set, or is no whole number where it must be one.
+        """
+        rate = self.rate(num_examples)
+        if self.scheme == "poisson":
+            return Scheme("poisson", rate, None, self.max_batch_size)
+        size = self.expected_batch_size or round(rate * num_examples)
+        if size < 1 or abs(size - rate * num_examples) > 1e-9 * size:
+            raise ConfigError(
+                f"sampling.sample_rate {rate:g} of {num_examples} examples is {rate * num_examples:g}, and batches of scheme {self.scheme} "
+                f"have one whole size; set sampling.expected_batch_size, such as {max(1, size)}, in its place."
+            )
+        return Scheme(self.scheme, size / num_examples, size)
+
     def num_steps(self, num_examples: int) -> int:
         """The number of steps for a data set of N examples.
 
@@ -145,7 +173,9 @@ class Sampling(Part):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        steps = self.epochs / self.rate(num_examples)
+        scheme = self.resolved(num_examples)
+        whole = num_examples // scheme.batch_size if scheme.kind == "shuffle" and scheme.batch_size else None
+        steps = self.epochs / scheme.sample_rate if whole is None else self.epochs * whole
         if not steps < 2.0**53:
             raise ConfigError(f"sampling.epochs {self.epochs:g} means {steps:g} steps, more than anyone can run; lower it.")
         return max(1, math.ceil(steps - 1e-9))
@@ -274,6 +304,9 @@ class TrainConfig(Part):
     def _budget(self) -> TrainConfig:
         if self.strategy.name != "non_private" and self.privacy.target_epsilon is None and self.privacy.noise_multiplier is None:
             raise ValueError("privacy: give target_epsilon or noise_multiplier, or choose the strategy non_private")
+        problem = relation_problem(self.sampling.scheme, self.privacy.relation)
+        if problem is not None and self.strategy.name != "non_private":
+            raise ValueError(f"sampling.scheme {self.sampling.scheme}: {problem}")
         return self
 
     @classmethod

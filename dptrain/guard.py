@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from accounting import AccountingError, Event, PrivacyLedger, SampledGaussian, calibrate_steps, get_accountant
+from accounting import AccountingError, Event, GaussianEvent, PrivacyLedger, calibrate_steps, get_accountant
 from dptrain.config import Privacy
 from dptrain.errors import ConfigError, RunError
 
@@ -41,7 +41,7 @@ def spent(privacy: Privacy, ledger: PrivacyLedger, event: Event | None = None, m
     return get_accountant(privacy.accountant, privacy.relation).epsilon([*ledger.events, *further], privacy.target_delta)
 
 
-def fitting(privacy: Privacy, ledger: PrivacyLedger, event: SampledGaussian, most: int) -> int:
+def fitting(privacy: Privacy, ledger: PrivacyLedger, event: GaussianEvent, most: int) -> int:
     """How many further releases a budget allows.
 
     Args:
@@ -61,7 +61,7 @@ def fitting(privacy: Privacy, ledger: PrivacyLedger, event: SampledGaussian, mos
         return 0
     found = calibrate_steps(
         target, privacy.target_delta, event.sample_rate, event.noise_multiplier,
-        accountant=privacy.accountant, relation=privacy.relation, history=ledger.events,
+        accountant=privacy.accountant, relation=privacy.relation, history=ledger.events, event=event,
     )  # fmt: skip
     return min(found, most)
 
@@ -80,7 +80,7 @@ class Guard:
         again the ledger has gained nothing but releases of this kind, no more than were granted, and no more than ``room`` are granted.
     """
 
-    def __init__(self, privacy: Privacy, ledger: PrivacyLedger, event: SampledGaussian, planned: int, calibrated: bool = False) -> None:
+    def __init__(self, privacy: Privacy, ledger: PrivacyLedger, event: GaussianEvent, planned: int, calibrated: bool = False) -> None:
         self.privacy, self.ledger, self.event, self.planned = privacy, ledger, event, planned
         self.room = planned if calibrated else fitting(privacy, ledger, event, planned)
         self._note()
@@ -106,18 +106,25 @@ class Guard:
         return True
 
 
-def refuse_overplanning(privacy: Privacy, ledger: PrivacyLedger, event: SampledGaussian, planned: int) -> None:
+def refuse_overplanning(privacy: Privacy, ledger: PrivacyLedger, event: GaussianEvent, planned: int, span: int = 1) -> None:
     """Refuse to begin what would have to end early.
 
+    Args:
+        privacy: the promise.
+        ledger: what it has to cover besides.
+        event: what would be released.
+        planned: how often.
+        span: steps that a release stands for.
     Raises:
         AccountingError: the planned releases would pass ``target_epsilon``; says how many fit.
     """
     fits = fitting(privacy, ledger, event, planned)
     if fits < planned:
         after = f" after the {ledger.num_releases} releases of the ledger" if ledger.num_releases else ""
+        unit = "steps" if span == 1 else f"passes of {span} steps"
         raise AccountingError(
             f"The planned releases would spend epsilon {spent(privacy, ledger, event, planned):.6g}, above target_epsilon "
-            f"{privacy.target_epsilon:.6g}: of {planned} steps with this noise {fits} fit{after}; lower the steps, "
+            f"{privacy.target_epsilon:.6g}: of {planned} {unit} with this noise {fits} fit{after}; lower the steps, "
             "or raise the noise or the target."
         )
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from accounting import NeighboringRelation, SampledGaussian
+from accounting import GaussianEvent, NeighboringRelation
 from dptrain.errors import ConfigError
 from dptrain.plan import Group, Plan
+from dptrain.randomness import NoiseKind as NoiseKind
+from dptrain.sampling import Sampler, event_of
 
 Allocation = Literal["global", "per_group", "min_noise"]
-NoiseKind = Literal["fast", "secure"]
 
 # Norms and sums are computed in floating point, so an example may contribute slightly more than its bound. The event that
 # is recorded claims a noise multiplier smaller by this relative margin, which pays for an excess of the bound up to it. The
@@ -133,22 +134,22 @@ def effective_noise_multiplier(
 def release_event(
     plan: Plan,
     stds: Mapping[str, float],
-    sample_rate: float,
+    sampling: Sampler | float,
     relation: NeighboringRelation | str = NeighboringRelation.add_remove,
     noise: NoiseKind = "fast",
-) -> SampledGaussian:
-    """The event of one step, from the very standard deviations that are used; planner and ledger both come here.
+) -> GaussianEvent:
+    """The event of one release, from the very standard deviations that are used; planner and ledger both come here.
 
     Args:
         plan: the plan.
         stds: noise standard deviation per group.
-        sample_rate: probability q with which each example enters the step.
+        sampling: the sampler, from which alone follows what its batches are to an accountant; or the rate of Poisson samples.
         relation: the neighbouring relation.
         noise: how the noise is made.
     Returns:
         The event to record, its noise multiplier reduced by what rounding takes.
     Raises:
-        ConfigError: secure noise for more parameters, or at a larger noise multiplier, than is paid for.
+        ConfigError: secure noise for more parameters, or at a larger noise multiplier, than is paid for; an unknown sampler.
     Guarantee: upper bounds on epsilon computed from this event hold for the floating-point release.
     Source: math.md equation (1); for secure noise, equation (1) of ``lattice.py``.
     """
@@ -158,7 +159,7 @@ def release_event(
             f"The plan has {size:,} parameters, and secure noise pays for the rounding of {LATTICE_PARAMETERS:,}; freeze some of them, or "
             "set privacy.noise to fast."
         )
-    return SampledGaussian(event_noise_multiplier(effective_noise_multiplier(plan, stds, relation), noise), sample_rate)
+    return event_of(sampling, event_noise_multiplier(effective_noise_multiplier(plan, stds, relation), noise), relation)
 
 
 def event_noise_multiplier(noise_multiplier: float, noise: NoiseKind = "fast") -> float:

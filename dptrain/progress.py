@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from dptrain.comparison.cases import Case
 from dptrain.config import TrainConfig
+from dptrain.sampling import sampling_words
 from dptrain.trainer import Progress, Setup, TrainResult
 
 
@@ -46,7 +47,7 @@ class Display:
         self.console.print(
             f"{self.backend}: {self.config.model.name} ({sum(layer.num_params for layer in setup.plan.layers):,} parameters) on "
             f"{data.name} ({len(data.x_train):,} examples), strategy {setup.plan.strategy}, "
-            f"sample rate {setup.sample_rate:.4g}, {setup.num_steps} steps"
+            f"{sampling_words(setup.scheme.public(len(data.x_train)))}, sample rate {setup.sample_rate:.4g}, {setup.num_steps} steps"
         )
         if not setup.plan.private:
             self.console.print("non-private training: no noise, no epsilon; the privacy section is not used")

@@ -15,16 +15,16 @@ import hashlib
 import math
 import secrets
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from dptrain.errors import ConfigError
 from dptrain.gaussian import add_normal, standard_normal
 from dptrain.lattice import add_noise
-from dptrain.mechanism import NoiseKind
 
 NOISE, SAMPLING = "noise", "sampling"
+NoiseKind = Literal["fast", "secure"]
 
 
 @dataclass(frozen=True)

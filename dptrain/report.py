@@ -12,6 +12,7 @@ from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
+from dptrain.sampling import Sampler, sampling_kind, sampling_words
 
 SCHEMA_VERSION = 1  # of privacy.json; dptrain/reporting/schema.py says what its fields mean
 NOT_PRIVATE = (
@@ -88,15 +89,17 @@ def privacy_statement(
     facts: Mapping[str, Any],
     status: str,
     data_set: Mapping[str, Any] | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """What may be promised of a run's weights and checkpoints; the content of ``privacy.json``.
 
     Args:
         config: the run.
         events: the ledger.
-        facts: see ``run_facts``.
+        facts: see ``run_facts``; ``num_examples`` is needed, others may be missing.
         status: ``COMPLETE``, ``INTERRUPTED`` or ``UNFINISHED``.
         data_set: what all runs on the data have spent together, where they share a ledger.
+        sampler: what drew the batches, to be named in words; by default, one as the config says.
     Returns:
         Plain data, as ``dptrain.reporting.schema.Statement`` describes it; ``epsilon`` is None for non-private training.
     Guarantee: epsilon is the accountant's upper bound on the recorded releases, at ``delta``, for the relation stated. Nothing in
@@ -111,11 +114,12 @@ def privacy_statement(
             "schema_version": SCHEMA_VERSION, "private": False, "epsilon": None, "statement": text, "status": status,
             "not_private": [WEIGHTS, *NOT_PRIVATE], **facts,
         }  # fmt: skip
-    delta, relation = privacy.target_delta, privacy.relation.value
+    delta, relation, num_examples = privacy.target_delta, privacy.relation.value, facts["num_examples"]
+    sampler = sampler or config.sampling.resolved(num_examples).public(num_examples)
     values = {name: get_accountant(name, privacy.relation).epsilon(events, delta) for name in ("rdp", "prv")}
     epsilon, releases = values[privacy.accountant], sum(count for _, count in events)
     statement = (
-        f"epsilon = {epsilon:.6g} at delta = {delta:g} for one example, neighbouring relation {relation}, Poisson sampling, "
+        f"epsilon = {epsilon:.6g} at delta = {delta:g} for one example, neighbouring relation {relation}, {sampling_words(sampler)}, "
         f"accountant {privacy.accountant}, {releases} releases."
     )
     if data_set is not None:
@@ -129,11 +133,11 @@ def privacy_statement(
         "delta": delta,
         "unit": "example",
         "neighboring_relation": relation,
-        "sampling": "poisson",
+        "sampling": sampling_kind(sampler),
         "accountant": privacy.accountant,
         "statement": f"{statement} {VOID}" if unsafe else statement,
         "status": status,
-        "notes": notes(delta, facts.get("num_examples")),
+        "notes": notes(delta, num_examples),
         "unsafe_seed": unsafe,
         "epsilon_by_accountant": values,
         "epsilon_certified_lower": PRVAccountant(privacy.relation).detail(events, delta).lower,
@@ -148,8 +152,8 @@ def privacy_statement(
     }
 
 
-def notes(delta: float, num_examples: int | None) -> list[str]:
+def notes(delta: float, num_examples: int) -> list[str]:
     """What a reader of an epsilon should know of its delta."""
-    if num_examples is None or delta < 1 / num_examples:
+    if delta < 1 / num_examples:
         return []
     return [f"delta {delta:g} is not below 1/N = {1 / num_examples:.3g}: publishing one example in full would keep the promise."]

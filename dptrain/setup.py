@@ -16,6 +16,7 @@ from dptrain.layer_specs import AnyLayer, Embedding
 from dptrain.losses import LOSSES
 from dptrain.mechanism import FLOAT_MARGIN
 from dptrain.plan import Plan
+from dptrain.sampling import Scheme, steps_per_release
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,13 @@ class Setup:
     plan: Plan
     sample_rate: float
     num_steps: int
+    scheme: Scheme
     info: ModelInfo = field(default_factory=lambda: ModelInfo(()))
+
+    @property
+    def num_releases(self) -> int:
+        """Releases that the planned steps are recorded as."""
+        return -(-self.num_steps // steps_per_release(self.scheme.public(len(self.data.x_train))))
 
 
 def num_outputs(config: TrainConfig, data: Dataset) -> int:
@@ -140,7 +147,7 @@ def prepare(config: TrainConfig, backend: str = "torch", data: Dataset | None = 
     """
     parts = assemble(config, backend, data, model)
     executor, count = parts.backend, len(parts.data.x_train)
-    rate, steps = config.sampling.rate(count), config.sampling.num_steps(count)
+    scheme, steps = config.sampling.resolved(count), config.sampling.num_steps(count)
     x, y = probe(parts.data)
     info = describe(parts, config, x)
     timings = None
@@ -149,7 +156,7 @@ def prepare(config: TrainConfig, backend: str = "torch", data: Dataset | None = 
     plan = config.strategy.plan(info, decision=config.performance.norm_decision, timings=timings)
     if plan.private:
         executor.self_check(parts.model, parts.loss, x, y, plan)
-    setup = Setup(config, executor, parts.data, parts.model, parts.loss, plan, rate, steps, info)
+    setup = Setup(config, executor, parts.data, parts.model, parts.loss, plan, scheme.sample_rate, steps, scheme, info)
     if config.performance.check_bounds:
         check_bounds(setup, plan)
     return setup

@@ -1,7 +1,8 @@
 """The one training step. This order IS the privacy argument; it is written here and nowhere else.
 
-    1. draw the logical batch      each example independently with probability q, key unknown to anyone
-    2. record the event            on disk before anything is released, so a crash can over-count, never under-count
+    1. draw the logical batch      as the recorded event says, such as each example independently with probability q; key unknown to anyone
+    2. record the event            on disk before anything is released, so a crash can over-count, never under-count; a pass over shuffled
+                                   data is recorded as a whole, before its first batch is used
     3. sum                         physical batches of fixed shape; every example's weighted gradient is within the plan's bound
     4. reduce over workers         the identity on one process
     5. add noise                   once per logical batch, to every trainable parameter, used or not
@@ -20,16 +21,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accounting import SampledGaussian
+from accounting import Event
 from dptrain import profiling
 from dptrain.backend import Backend
 from dptrain.guard import Recorder
 from dptrain.inforce import PlanInForce
-from dptrain.mechanism import NoiseKind
 from dptrain.plan import Plan
 from dptrain.profiling import phase
-from dptrain.randomness import RandomKey, StepNoise
-from dptrain.sampling import PoissonSampler, physical_batches, take
+from dptrain.randomness import NoiseKind, RandomKey, StepNoise
+from dptrain.sampling import Sampler, physical_batches, take
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,32 @@ class Release:
 
     Args:
         stds: noise standard deviation per group; where a plan moves, those of ``TrainingStep.in_force`` take their place.
-        event: what is recorded per step, made from these very standard deviations.
+        event: what is recorded, made from these very standard deviations.
         noise_key: key of the noise stream.
         ledger: where the event is recorded.
         recorded: steps below this index are in the ledger already; only replayed steps of a run with ``unsafe_seed`` are, and
             those release the same bits again.
         noise: how the noise is made; the event has paid for it.
+        span: steps that one record stands for, from ``sampling.steps_per_release``.
+        first: the step at which a record is due, as after every ``span`` steps.
     """
 
     stds: Mapping[str, float]
-    event: SampledGaussian
+    event: Event
     noise_key: RandomKey
     ledger: Recorder
     recorded: int = 0
     noise: NoiseKind = "fast"
+    span: int = 1
+    first: int = 0
+
+    def due(self, step: int) -> bool:
+        """Whether a step begins what one record stands for, and is not in the ledger yet.
+
+        Guarantee: each step that is not a repetition is due, or follows one that is by fewer than ``span`` steps, if steps are taken in
+            order from ``first`` on.
+        """
+        return step >= self.recorded and (step - self.first) % self.span == 0
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,12 @@ class Update:
         return self.in_force.executed if self.in_force else 1.0
 
     def record(self, step: int) -> None:
-        """Part 2. To be called before anything of the step is released.
+        """Part 2. To be called before anything of the step is released, for every step in order.
 
         Args:
             step: its index.
         """
-        if self.release is not None and step >= self.release.recorded:
+        if self.release is not None and self.release.due(step):
             self.release.ledger.record(self.release.event)
 
     def finish(self, step: int, total: Any, count: int, learning_rate: float | None = None) -> dict[str, float]:
@@ -150,7 +162,7 @@ class TrainingStep:
     loss: Any
     optimizer: Any
     plan: Plan
-    sampler: PoissonSampler
+    sampler: Sampler
     x: Any
     y: Any
     physical_batch_size: int
@@ -177,7 +189,8 @@ class TrainingStep:
             step: its index; each index is used once for sampling and noise.
         Returns:
             Sums for the progress display. NOT private.
-        Guarantee: the step is one Poisson-sampled Gaussian mechanism with the recorded event, under the plan's certificate.
+        Guarantee: the step is one Gaussian mechanism on a batch as the recorded event says, under the plan's certificate; with
+            ``Release.span`` above 1, the steps that a record stands for are together.
         Source: math.md sections 1 and 6; Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1.
         """
         with profiling.step():

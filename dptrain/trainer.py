@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from accounting import PrivacyLedger, SampledGaussian, calibrate_noise_multiplier, get_accountant
+from accounting import PrivacyLedger, calibrate_noise_multiplier, get_accountant
 from dptrain.checkpoint import Checkpoint, atomic_write, save_arrays, write_json
 from dptrain.config import TrainConfig
 from dptrain.data import Dataset
@@ -27,7 +27,7 @@ from dptrain.profiling import Profile
 from dptrain.randomness import NOISE, SAMPLING, RandomKey
 from dptrain.report import COMPLETE, INTERRUPTED, privacy_statement, run_facts
 from dptrain.rundir import RunDirectory, begun
-from dptrain.sampling import PoissonSampler
+from dptrain.sampling import Sampler, event_of, first_step, steps_per_release
 from dptrain.setup import Setup, check_bounds, prepare
 from dptrain.step import Release, TrainingStep
 
@@ -81,13 +81,13 @@ class TrainResult:
         return None if value is None else float(value)
 
 
-def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int, history: PrivacyLedger | None = None) -> float:
+def noise_multiplier(config: TrainConfig, sampling: Sampler | float, num_releases: int, history: PrivacyLedger | None = None) -> float:
     """The given noise multiplier, or the one calibrated to the target, before rounding is paid for.
 
     Args:
         config: the run.
-        sample_rate: q.
-        num_steps: planned releases.
+        sampling: a sampler like the run's, with any key; or the rate of Poisson samples.
+        num_releases: planned releases.
         history: what others have released from the same data.
     Raises:
         AccountingError: the budget cannot be reached, or does not cover the planned steps with the given noise, or noise or sample rate are
@@ -96,15 +96,21 @@ def noise_multiplier(config: TrainConfig, sample_rate: float, num_steps: int, hi
     privacy, before = config.privacy, history or PrivacyLedger(None)
     if privacy.noise_multiplier is not None:
         # Refuses what no accountant can speak of.
-        event = SampledGaussian(event_noise_multiplier(privacy.noise_multiplier, privacy.noise), sample_rate)
-        refuse_overplanning(privacy, before, event, num_steps)
+        event = event_of(sampling, event_noise_multiplier(privacy.noise_multiplier, privacy.noise), privacy.relation)
+        refuse_overplanning(privacy, before, event, num_releases, steps_per_release(sampling))
         return privacy.noise_multiplier
     assert privacy.target_epsilon is not None
     claimed = calibrate_noise_multiplier(
-        privacy.target_epsilon, privacy.target_delta, sample_rate, num_steps,
+        privacy.target_epsilon, privacy.target_delta, event_of(sampling, 1.0, privacy.relation).sample_rate, num_releases,
         accountant=privacy.accountant, relation=privacy.relation, history=before.events,
+        event=lambda sigma: event_of(sampling, sigma, privacy.relation),
     )  # fmt: skip
     return noise_multiplier_for(claimed, privacy.noise)
+
+
+def planned_noise(setup: Setup, history: PrivacyLedger | None = None) -> float:
+    """The noise multiplier of a run that has not begun; as ``noise_multiplier``."""
+    return noise_multiplier(setup.config, setup.scheme.public(len(setup.data.x_train)), setup.num_releases, history)
 
 
 def train(
@@ -148,7 +154,7 @@ def train(
     measuring = profile.running(setup.backend.synchronize) if profile is not None else nullcontext()
     with open_shared(config.privacy.ledger, about, bool(stored)) or nullcontext() as shared:
         if setup.plan.private:  # before the directory exists, so that a budget out of reach leaves nothing behind
-            sigma = stored.get("noise_multiplier") or noise_multiplier(config, setup.sample_rate, setup.num_steps, shared)
+            sigma = stored.get("noise_multiplier") or planned_noise(setup, shared)
         with RunDirectory(out, config, backend, facts, about) as run, interruptible() as stop, measuring:
             return Loop(setup, run, stop, sigma, Records(run.ledger, shared, run.run)).run(progress, on_start)
 
@@ -167,7 +173,10 @@ class Loop:
         self.optimizer = self.backend.build_optimizer(self.config.optimizer, setup.model)
         self.start = self._restore()
         seed = self.config.privacy.unsafe_seed
-        sampler = PoissonSampler(len(setup.data.x_train), setup.sample_rate, RandomKey.make(SAMPLING, seed))
+        # A shuffled pass that was cut short is not continued: its order is gone with the key, unless both follow from a seed.
+        first = self.start if seed is None else 0
+        self.sampler = sampler = setup.scheme.sampler(len(setup.data.x_train), RandomKey.make(SAMPLING, seed), first)
+        self.span = steps_per_release(sampler)
         release = None
         if sigma is not None:
             sigma = self._sigma(sigma)
@@ -222,7 +231,7 @@ class Loop:
         """Bounds and clipping norms that move, as the checkpoint left them; None where nothing moves."""
         setup, privacy = self.setup, self.config.privacy
         mechanism = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights)
-        expected = setup.sample_rate * len(setup.data.x_train)
+        expected = self.sampler.sample_rate * self.sampler.num_examples
         found = PlanInForce(self.config.strategy, setup.info, setup.plan, mechanism, privacy.relation, expected)
         if not found.moves:
             return None
@@ -232,44 +241,49 @@ class Loop:
         return found
 
     def _release(self, seed: int | None, sigma: float) -> Release:
-        """Noise and event of every step of this run, within the budget that the ledger leaves."""
+        """Noise and event of every release of this run, within the budget that the ledger leaves."""
         setup, privacy = self.setup, self.config.privacy
-        if self.ledger.num_releases < self.start:
+        if self.ledger.num_releases * self.span < self.start:
             raise RunError(
                 f"The ledger of {self.run_dir.path} holds {self.ledger.num_releases} releases and its checkpoint {self.start} steps, so "
                 "releases were lost; restore the ledger or start in another --out directory."
             )
         self.stds = GaussianMechanism(sigma, privacy.allocation, privacy.noise_weights).stds(setup.plan, privacy.relation)
-        event = release_event(setup.plan, self.stds, setup.sample_rate, privacy.relation, privacy.noise)
-        remaining = max(0, setup.num_steps - self.ledger.num_releases)
+        event = release_event(setup.plan, self.stds, self.sampler, privacy.relation, privacy.noise)
+        planned = -(-setup.num_steps // self.span)
+        remaining = max(0, planned - self.ledger.num_releases)
         self.guard = Guard(privacy, self.records.budget, event, remaining)
         if not self.ledger.num_releases and self.guard.room < remaining:
-            refuse_overplanning(privacy, self.records.budget, event, remaining)
+            refuse_overplanning(privacy, self.records.budget, event, remaining, self.span)
         # With an unsafe_seed the steps between checkpoint and ledger release the same bits again, so they are not counted twice.
-        recorded = self.ledger.num_releases if seed is not None else 0
-        return Release(self.stds, event, RandomKey.make(NOISE, seed), self.records, recorded, privacy.noise)
+        recorded = self.ledger.num_releases * self.span if seed is not None else 0
+        key = RandomKey.make(NOISE, seed)
+        return Release(self.stds, event, key, self.records, recorded, privacy.noise, self.span, first_step(self.sampler))
 
     def steps(self) -> range:
-        """The steps to run: what ledger and budget leave of the plan; a killed run that lost weights does not get its releases back."""
+        """The steps to run: what ledger and budget leave of the plan; a killed run that lost weights does not get its releases back.
+
+        Nor does a run whose pass was cut short get the rest of that pass: it begins another one, which is another release.
+        """
         if self.guard is None:
             return range(self.start, self.setup.num_steps)
-        free = self._replayed() - self.start
-        return range(self.start, min(self.setup.num_steps, self.start + free + self.guard.room))
+        return range(self.start, min(self.setup.num_steps, self._replayed() + self.guard.room * self.span))
 
     def _replayed(self) -> int:
-        """The first step that is not a repetition of one in the ledger; only with an ``unsafe_seed`` are there any."""
-        return max(self.start, self.ledger.num_releases) if self.config.privacy.unsafe_seed is not None else self.start
+        """The first step that no record in the ledger covers; only with an ``unsafe_seed`` are there any before it."""
+        covered = self.ledger.num_releases * self.span
+        return max(self.start, covered) if self.config.privacy.unsafe_seed is not None else self.start
 
     def run(self, progress: Callable[[Progress], None] | None, on_start: Callable[..., None] | None) -> TrainResult:
         """Run the remaining steps."""
         setup, performance = self.setup, self.config.performance
         steps, done, seconds = self.steps(), self.start, 0.0
-        replayed = self._replayed()
+        release = self.step.release
         if on_start:
             on_start(setup, self.stds, self.start)
         meter = EpsilonMeter(self.config, self.ledger)
         for t in steps:
-            if self.guard is not None and t >= replayed and not self.guard.ask():
+            if self.guard is not None and release is not None and release.due(t) and not self.guard.ask():
                 steps = range(self.start, t)  # the ledger holds more than it did when the steps were counted
                 break
             begin = time.perf_counter()
@@ -315,7 +329,7 @@ class Loop:
         if self.config.performance.check_bounds:
             check_bounds(setup, plan)
         status, total = COMPLETE if complete else INTERRUPTED, self.records.total(self.config.privacy)
-        statement = privacy_statement(self.config, self.ledger.events, self._facts(), status, total)
+        statement = privacy_statement(self.config, self.ledger.events, self._facts(), status, total, self.sampler)
         if out is not None:
             self.run_dir.log(step=step, private=False, final=complete, **{f"test_{k}": v for k, v in metrics.items()})
             weights = self.backend.get_weights(setup.model)

@@ -21,10 +21,10 @@ from dptrain.budget import Budget, Schedule
 from dptrain.config import Performance, Privacy
 from dptrain.errors import ConfigError, RunError, UnsupportedModelError
 from dptrain.inforce import PlanInForce
-from dptrain.mechanism import NoiseKind, release_event
+from dptrain.mechanism import release_event
 from dptrain.migration import understood
 from dptrain.plan import Plan
-from dptrain.randomness import NOISE, RandomKey
+from dptrain.randomness import NOISE, NoiseKind, RandomKey
 from dptrain.sampling import MOST, check_physical_batch_size
 from dptrain.step import Release, Update
 from dptrain.strategies import SensitivityStrategy

@@ -25,7 +25,7 @@ from dptrain.guard import Records
 from dptrain.losses import LOSSES
 from dptrain.rundir import RunDirectory, read_json
 from dptrain.setup import prepare
-from dptrain.trainer import Loop, noise_multiplier
+from dptrain.trainer import Loop, planned_noise
 
 LOW_RATES = (0.001, 0.01, 0.1)
 # Below it a spread of losses is rounding.
@@ -210,7 +210,8 @@ def membership(
             part = replace(
                 data, x_train=np.concatenate([data.x_train[rest], x[half]]), y_train=np.concatenate([data.y_train[rest], y[half]])
             )
-            seen[i] = statistic(shadow_losses(config, str(record.get("backend")), part, record.get("noise_multiplier"), x, y), classes)
+            name, sigma = str(record.get("backend")), record.get("noise_multiplier")
+            seen[i] = statistic(shadow_losses(config, name, part, sigma, x, y, setup.scheme.batch_size), classes)
             if progress:
                 progress(i + 1, shadows)
         found.append(roc("likelihood ratio", likelihood_ratios(statistic(target, classes), seen, halves), member))
@@ -225,13 +226,26 @@ def balanced(shadows: int, count: int, rng: np.random.Generator) -> Coins:
     return found
 
 
-def shadow_losses(config: TrainConfig, backend: str, data: Dataset, sigma: Any, x: Array, y: Array) -> Array:
-    """Losses of some examples under a model trained like the run, on other data and with fresh randomness."""
+def shadow_losses(config: TrainConfig, backend: str, data: Dataset, sigma: Any, x: Array, y: Array, size: int | None = None) -> Array:
+    """Losses of some examples under a model trained like the run, on other data and with fresh randomness.
+
+    Args:
+        config: the run.
+        backend: its name.
+        data: what the model is trained on.
+        sigma: noise multiplier of the run; None for a run without noise.
+        x, y: the examples.
+        size: of the run's batches, where they have one.
+    """
     config = config.replace(privacy=config.privacy.model_copy(update={"unsafe_seed": None}))
-    setup = prepare(config, backend, data)
+    if size is not None:  # q N need not be whole for other data
+        config = config.replace(sampling=config.sampling.model_copy(update={"sample_rate": None, "expected_batch_size": size}))
     given = float(sigma) if isinstance(sigma, float) else None
+    if given is not None:  # nobody's budget is spent here, and fewer examples would spend another one
+        config = config.replace(privacy=config.privacy.model_copy(update={"target_epsilon": None, "noise_multiplier": given}))
+    setup = prepare(config, backend, data)
     if given is None and setup.plan.private:
-        given = noise_multiplier(config, setup.sample_rate, setup.num_steps)
+        given = planned_noise(setup)
     with RunDirectory(None, config, backend, {}) as nowhere:
         Loop(setup, nowhere, threading.Event(), given, Records(nowhere.ledger)).run(None, None)
     return setup.backend.losses(setup.model, setup.loss, x, y)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from accounting import NeighboringRelation
+from accounting.mixtures import attained
 from dptrain.auditing import pool
 from dptrain.auditing.bounds import Array, Guesses, guess
 from dptrain.auditing.runwatch import RunWatch
@@ -30,6 +31,7 @@ from dptrain.guard import Records
 from dptrain.plan import Group, Plan
 from dptrain.randomness import StepNoise
 from dptrain.rundir import RunDirectory
+from dptrain.sampling import ShuffledSampler, event_of, steps_per_release
 from dptrain.setup import Setup
 from dptrain.trainer import Loop, Progress, TrainResult
 
@@ -85,19 +87,34 @@ class VectorWatch(Watch):
         vectors: the canaries.
         sample_rate: chance of each canary in each step.
         rng: draws them.
+        span: steps of a pass over shuffled data, in one of which each canary is; the auditor knows in which. None draws them anew at each
+            step, and the auditor does not know whether.
     """
 
-    def __init__(self, backend: Backend, vectors: Vectors, sample_rate: float, rng: np.random.Generator) -> None:
+    def __init__(self, backend: Backend, vectors: Vectors, sample_rate: float, rng: np.random.Generator, span: int | None = None) -> None:
         super().__init__(backend)
-        self.vectors, self.rate, self.rng = vectors, sample_rate, rng
+        self.vectors, self.rate, self.rng, self.span = vectors, sample_rate, rng, span
         self.model: Any = None
         self.scores = np.zeros(len(vectors.inside))
+        self.known = np.ones(len(vectors.inside), bool)  # whose step it may be, as far as the auditor knows
+        self.steps, self.places = 0, np.zeros(len(vectors.inside), np.int64)
+
+    def _drawn(self) -> np.ndarray:
+        """Which canaries this step has."""
+        count = len(self.vectors.inside)
+        if self.span is None:
+            return self.rng.random(count) < self.rate
+        if self.steps % self.span == 0:
+            self.places = self.rng.integers(0, self.span, count)
+        self.known = self.places == self.steps % self.span
+        self.steps += 1
+        return self.known
 
     def privatize(self, total: Any, plan: Plan, stds: Mapping[str, float], noise: StepNoise) -> Any:
         """The release, with canaries in it."""
         vectors, inner = self.vectors, self._inner
         exact = inner.sums(self.model, total)
-        sign = np.where(vectors.inside, 1.0, -1.0 if vectors.opposite else 0.0) * (self.rng.random(len(vectors.inside)) < self.rate)
+        sign = np.where(vectors.inside, 1.0, -1.0 if vectors.opposite else 0.0) * self._drawn()
         groups = [group for group in plan.gradient_groups if group.name in vectors.places]
         added = {name: np.zeros(value.shape) for name, value in exact.items()}
         for group in groups:
@@ -110,16 +127,16 @@ class VectorWatch(Watch):
     def _score(
         self, seen: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray], groups: list[Group], stds: Mapping[str, float]
     ) -> None:
-        """Add this release's log-likelihood ratio of in against out, exact for a Poisson-sampled Gaussian."""
+        """Add this release's log-likelihood ratio of in against out, exact for Gaussian noise on canaries that were drawn so."""
         along, square = np.zeros(len(self.scores)), 0.0
         for group in groups:
             std = max(stds[group.name], TINY * group.norm_bound)
             weight, places = group.norm_bound / std**2, self.vectors.places[group.name]
             along += weight * np.array([float(seen[name].flat[i]) - float(exact[name].flat[i]) for name, i in places])
             square += weight * group.norm_bound
-        self.scores += self._log_mix(along - square / 2)
+        self.scores += np.where(self.known, self._log_mix(along - square / 2), 0.0)
         if self.vectors.opposite:
-            self.scores -= self._log_mix(-along - square / 2)
+            self.scores -= np.where(self.known, self._log_mix(-along - square / 2), 0.0)
 
     def _log_mix(self, w: Array) -> Array:
         """log(1 - q + q e^w)."""
@@ -127,6 +144,22 @@ class VectorWatch(Watch):
             return w
         found: Array = np.logaddexp(np.log1p(-self.rate), np.log(self.rate) + w)
         return found
+
+
+def canary_rate(setup: Setup, num_examples: int) -> tuple[float, int | None]:
+    """How often a canary is in a step, as often as an example is; and the steps of a pass, where the data are shuffled.
+
+    Args:
+        setup: the run.
+        num_examples: that the run will draw from, canaries among them.
+
+    Source: under a cap an example is kept less often than it is drawn, ``accounting.mixtures.attained``.
+    """
+    sampler, relation = setup.scheme.public(num_examples), setup.config.privacy.relation
+    if isinstance(sampler, ShuffledSampler):
+        return 1.0, sampler.per_pass
+    found = attained(event_of(sampler, 1.0, relation), NeighboringRelation(relation))
+    return (found[0].sample_rate if found is not None else setup.sample_rate), None
 
 
 @dataclass
@@ -198,7 +231,9 @@ def run(setup: Setup, sigma: float, vectors: int, examples: int, seed: int, prog
     setup = replace(setup, backend=seen)  # type: ignore[arg-type]
     if vectors:
         sizes = {name: value.size for name, value in setup.backend.parameters(setup.model).items()}
-        watch = VectorWatch(setup.backend, place(sizes, setup.plan, vectors, opposite, rng), setup.sample_rate, rng)
+        clean = len(setup.data.x_train)
+        rate, span = canary_rate(setup, clean + min(examples, clean))
+        watch = VectorWatch(setup.backend, place(sizes, setup.plan, vectors, opposite, rng), rate, rng, span)
         watch.model = setup.model
         setup = replace(setup, backend=watch)  # type: ignore[arg-type]
     data, clean = setup.data, len(setup.data.x_train)
@@ -207,10 +242,13 @@ def run(setup: Setup, sigma: float, vectors: int, examples: int, seed: int, prog
     if len(rows):
         data = replace(data, x_train=np.concatenate([data.x_train, x]), y_train=np.concatenate([data.y_train, y]))
         setup = replace(setup, data=data)
+    # The budget is that of the run without canaries; with them among the data a cap, for one, binds more often.
+    privacy = setup.config.privacy.model_copy(update={"target_epsilon": None, "noise_multiplier": sigma})
+    setup = replace(setup, config=setup.config.replace(privacy=privacy))
     before = setup.backend.losses(setup.model, setup.loss, x, y) if len(rows) else np.zeros(0)
     with RunDirectory(None, setup.config, setup.backend.name, {}) as directory:
         loop = Loop(setup, directory, threading.Event(), sigma, Records(directory.ledger))
-        seen.ledger = loop.ledger
+        seen.ledger, seen.per_record = loop.ledger, steps_per_release(loop.step.sampler)
         if len(rows):
             instead = np.arange(len(data.x_train))
             instead[clean:][~inside] = rows[~inside] if opposite else -1

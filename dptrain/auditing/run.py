@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from accounting import SampledGaussian, get_accountant
+from accounting import GaussianEvent, get_accountant
 from dptrain.auditing import checks, game, joint, noises, onerun, pool, runwatch, spent
 from dptrain.auditing.bounds import FALSE_ALARM, Array, Guesses
 from dptrain.auditing.findings import Audit, Finding
@@ -24,10 +24,12 @@ from dptrain.config import TrainConfig
 from dptrain.data import Dataset
 from dptrain.errors import ConfigError
 from dptrain.mechanism import FLOAT_MARGIN
+from dptrain.sampling import CappedSampler, FixedSizeSampler, ShuffledSampler, event_of, steps_per_release
 from dptrain.setup import Setup, prepare
-from dptrain.trainer import Progress, noise_multiplier
+from dptrain.trainer import Loop, Progress, planned_noise
 
 SMALL_DELTAS = (1e-7, 1e-9, 1e-12)
+SPEAKABLE = (1e-6, 1e9)  # noise multipliers that events can claim
 
 
 def audit(
@@ -105,12 +107,12 @@ def audit_setup(
     privacy = setup.config.privacy
     start = setup.backend.get_weights(setup.model)
     findings = step_findings(setup, trials, privacy.target_delta, seed)
-    sigma = noise_multiplier(setup.config, setup.sample_rate, setup.num_steps)
+    sigma = planned_noise(setup)
     outcome = onerun.run(setup, sigma, canaries, examples, seed, progress)
     loop = outcome.loop
-    sampler = getattr(loop.step.sampler, "sampler", loop.step.sampler)
+    sampler = own_sampler(loop)
     findings.append(checks.sampling(sampler))
-    if all(isinstance(event, SampledGaussian) for event, _ in loop.ledger.events):  # which claim coins
+    if not isinstance(sampler, CappedSampler | FixedSizeSampler | ShuffledSampler):  # it claims coins
         findings.append(joint.joint_sampling(sampler, setup.num_steps))
     trained = replace(setup, plan=loop.in_force.plan) if loop.in_force else setup
     findings += [*bound_findings(trained, "trained weights", seed), runwatch.own_batches(loop, seed)]
@@ -138,21 +140,37 @@ def audit_setup(
     )
 
 
+def own_sampler(loop: Loop) -> Any:
+    """The run's sampler, without what the audit has put around it."""
+    return getattr(loop.step.sampler, "sampler", loop.step.sampler)
+
+
 def run_ledger(setup: Setup, outcome: onerun.Outcome) -> Finding:
-    """The run's ledger holds every step, before the weights change, at the rate and with the noise that it had."""
+    """The run's ledger holds every step, before the weights change, drawn in the way and with the noise that it had."""
     loop, watch = outcome.loop, outcome.watch
-    events, counted = loop.ledger.events, loop.ledger.num_releases
+    events, counted, sampler = loop.ledger.events, loop.ledger.num_releases, own_sampler(loop)
     noise = min(watch.claims, default=math.inf)
-    rate = float(loop.step.sampler.sample_rate)
+    truth = event_of(sampler, float(np.clip(noise, *SPEAKABLE)), setup.config.privacy.relation)
+    needed = -(-max(setup.num_steps, watch.releases) // steps_per_release(sampler))
     quiet = max((checks.claim(event) for event, _ in events), default=0.0)
-    rare = min((getattr(event, "sample_rate", rate) for event, _ in events), default=1.0)
-    enough = counted >= max(setup.num_steps, watch.releases) and not watch.late
-    right = enough and quiet <= noise * (1 + 1e-9) and rare >= rate * (1 - 1e-9)
+    rare = min((getattr(event, "sample_rate", truth.sample_rate) for event, _ in events), default=1.0)
+    same = all(drawn_alike(event, truth) for event, _ in events)
+    enough = counted >= needed and not watch.late
+    right = enough and quiet <= noise * (1 + 1e-9) and rare >= truth.sample_rate * (1 - 1e-9) and same
     text = (
         f"{counted} releases recorded for {setup.num_steps} steps, {watch.late} of them after the weights had changed, at noise multiplier "
-        f"{quiet:.6g} (in truth {noise:.6g}) and sample rate {rare:.6g} (in truth {rate:.6g})"
+        f"{quiet:.6g} (in truth {noise:.6g}) and sample rate {rare:.6g} (in truth {truth.sample_rate:.6g})"
     )
+    if not same:
+        text += f"; recorded as {', '.join(sorted({type(event).__name__ for event, _ in events}))}, in truth {truth}"
     return Finding("ledger of the run", bool(right), text, {"recorded": float(counted), "steps": float(setup.num_steps)})
+
+
+def drawn_alike(event: Any, truth: GaussianEvent) -> bool:
+    """Whether an event is of the batches that were drawn, whatever it says of rate and noise."""
+    left_out = ("noise_multiplier", "sample_rate")
+    said, is_so = ({k: v for k, v in one.to_dict().items() if k not in left_out} for one in (event, truth))
+    return bool(said == is_so)
 
 
 def subject_of(setup: Setup, seed: int) -> Subject:

@@ -65,6 +65,7 @@ class RunWatch(Watch):
         super().__init__(backend)
         self.setup, self.rng = setup, rng
         self.ledger: Any = None
+        self.per_record = 1  # steps that one record stands for
         self.releases = self.late = self.without_noise = 0
         self.tests: list[tuple[float, float, str]] = []
         self.kept: list[Array] = []
@@ -90,7 +91,7 @@ class RunWatch(Watch):
         """The update; what it is given is compared with the sum before the noise."""
         seen, self._optimizer = dict(self._inner.sums(model, released)), optimizer
         self.releases += 1
-        self.late += self.ledger is not None and self.ledger.num_releases < self.releases
+        self.late += self.ledger is not None and self.ledger.num_releases * self.per_record < self.releases
         self.scales.add(scale)
         if self._exact is None:
             self.without_noise += 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accounting import Events, PrivacyLedger, SampledGaussian
+from accounting import CappedGaussian, Events, FixedSizeGaussian, GaussianEvent, PrivacyLedger, SampledGaussian
 from dptrain.checkpoint import FORMAT
 from dptrain.config import TrainConfig, one_line
 from dptrain.errors import ConfigError, RunError
@@ -22,6 +22,7 @@ from dptrain.mechanism import effective_noise_multiplier
 from dptrain.plan import Group, Plan
 from dptrain.report import COMPLETE, FACTS, INTERRUPTED, SCHEMA_VERSION, UNFINISHED
 from dptrain.reporting.schema import Audit, Run, Statement, parse
+from dptrain.sampling import AnySampler, PoissonSampler, event_of, steps_per_release
 
 # Figures that are stored and computed again may differ by this, relative; an epsilon that is smaller by more is refused.
 ROUNDING = 1e-6
@@ -98,13 +99,28 @@ class RunFiles:
         return sum(count for _, count in self.events)
 
     @property
-    def poisson(self) -> list[SampledGaussian]:
-        """The events; what a run makes are releases on Poisson samples.
+    def sampler(self) -> AnySampler:
+        """What drew the batches, to be asked for its event and for words, never for a batch."""
+        return self.config.sampling.resolved(self.run.num_examples).public(self.run.num_examples)
+
+    @property
+    def span(self) -> int:
+        """Steps that one release stands for."""
+        return steps_per_release(self.sampler)
+
+    @property
+    def planned(self) -> int:
+        """Releases that the planned steps are recorded as."""
+        return -(-self.run.num_steps // self.span)
+
+    @property
+    def batches(self) -> list[GaussianEvent]:
+        """The events; what a run makes are releases on batches.
 
         Raises:
             RunError: the ledger holds others.
         """
-        found = [event for event, _ in self.events if isinstance(event, SampledGaussian)]
+        found = [event for event, _ in self.events if isinstance(event, SampledGaussian | CappedGaussian | FixedSizeGaussian)]
         if len(found) < len(self.events):
             raise RunError(f"{self.path / 'ledger.jsonl'} holds releases that are not of a run of dptrain train; restore the ledger.")
         return found
@@ -273,8 +289,15 @@ def is_number(value: object) -> bool:
 def with_releases(metrics: Metrics, files: RunFiles) -> Metrics:
     """The same metrics with an upper bound on the releases at each evaluation, instead of the lines before it.
 
-    Guarantee: a release that left no line may have happened before any of them, so all such releases are added.
+    Guarantee: a release that left no line may have happened before any of them, so all such releases are added. Where a release stands for
+        several steps, those after an evaluation had at least so many releases of their own as whole passes fit into them, since one may
+        have been begun before; where steps can be repeated under a record, nothing is known but the total.
     """
+    if files.span > 1:
+        total, unsafe = files.releases, files.config.privacy.unsafe_seed is not None
+        later = [0 if unsafe else (metrics.lines - e.releases) // files.span for e in metrics.evaluations]
+        spans = (Evaluation(e.step, max(0, total - after), e.metrics) for e, after in zip(metrics.evaluations, later, strict=True))
+        return Metrics(metrics.lines, metrics.steps, tuple(spans), metrics.final)
     unseen = max(0, files.releases - metrics.lines)
     moved = (Evaluation(e.step, min(files.releases, e.releases + unseen), e.metrics) for e in metrics.evaluations)
     return Metrics(metrics.lines, metrics.steps, tuple(moved), metrics.final)
@@ -305,21 +328,26 @@ def check_ledger(files: RunFiles, checkpoint: int) -> None:
         return
     # With an unsafe_seed a replayed step releases the same bits again and is recorded once.
     replayed = files.config.privacy.unsafe_seed is not None
+    lines = files.metrics.steps if replayed else files.metrics.lines
     seen = {
-        "checkpoint.safetensors": checkpoint,
-        "metrics.jsonl": files.metrics.steps if replayed else files.metrics.lines,
+        "checkpoint.safetensors": -(-checkpoint // files.span),
+        "metrics.jsonl": -(-lines // files.span),
         "privacy.json": (files.stored.releases or 0) if files.stored is not None else 0,
     }
     for witness, count in seen.items():
         if count > releases:
             raise RunError(f"{name} holds {releases} releases and {witness} tells of {count}, so releases were lost; restore the ledger.")
-    for event in files.poisson:
+    poisson = isinstance(files.sampler, PoissonSampler)
+    for event in files.batches:
         if run.noise_multiplier is not None and event.noise_multiplier > run.noise_multiplier * (1 + ROUNDING):
             raise RunError(
                 f"{name} claims the noise multiplier {event.noise_multiplier:.9g}, and run.json says {run.noise_multiplier:.9g}; "
                 "this is the ledger of another run."
             )
-        if event.sample_rate < run.sample_rate * (1 - ROUNDING):
+        said = event_of(files.sampler, event.noise_multiplier, files.config.privacy.relation)
+        if type(event) is not type(said) or (not poisson and event != said):
+            raise RunError(f"{name} holds {event}, and batches drawn as config.yaml says are {said}; this is the ledger of another run.")
+        if poisson and event.sample_rate < run.sample_rate * (1 - ROUNDING):
             raise RunError(
                 f"{name} claims the sample rate {event.sample_rate:.9g}, and run.json says {run.sample_rate:.9g}; "
                 "this is the ledger of another run."
@@ -339,7 +367,7 @@ def check_noise(files: RunFiles) -> None:
     if not groups or not files.events or None in stds.values():
         return
     sigma = effective_noise_multiplier(Plan(files.config.strategy.name, tuple(groups), {}), stds, files.config.privacy.relation)
-    claimed = files.poisson[-1].noise_multiplier
+    claimed = files.batches[-1].noise_multiplier
     if claimed > sigma * (1 + ROUNDING):
         source = "privacy.json" if files.stored is not None else "run.json"
         raise RunError(
@@ -455,9 +483,9 @@ def status_of(files: RunFiles) -> str:
     told = files.stored.status if fresh and files.stored is not None else UNFINISHED
     if files.metrics.final or told == COMPLETE:
         # With a target, the budget may end a run before its last planned step.
-        if files.private and files.releases < files.run.num_steps and files.config.privacy.target_epsilon is None:
+        if files.private and files.releases < files.planned and files.config.privacy.target_epsilon is None:
             raise RunError(
-                f"{files.path} says that the run is complete, and its ledger holds {files.releases} of {files.run.num_steps} releases; "
+                f"{files.path} says that the run is complete, and its ledger holds {files.releases} of {files.planned} releases; "
                 "restore the ledger."
             )
         return COMPLETE

@@ -113,7 +113,8 @@ def budget_charts(report: RunReport) -> list[Chart]:
     values = [y for line in lines for _, y in line.points] + [value for _, value in limits]
     title = titled(report, f"Epsilon spent, at delta = {privacy.target_delta:g}")
     text = f"Epsilon after each number of releases, by accountants prv and rdp; it ends at {report.statement['epsilon']:.6g}{void}."
-    x = linear("releases (training steps)", [0.0, float(report.files.releases)], zero=True)
+    unit = "training steps" if report.files.span == 1 else f"passes of {report.files.span} steps"
+    x = linear(f"releases ({unit})", [0.0, float(report.files.releases)], zero=True)
     svg = line_chart("spent", title, text, x, linear("epsilon (nats)", values, zero=True), lines, limits)
     chosen = [report.budget[i - 1] for i in spread(len(report.budget), ROWS)]
     rows = [[f"{s.releases:,}", f"{s.prv:.6g}{void}", f"{s.rdp:.6g}{void}"] for s in chosen]

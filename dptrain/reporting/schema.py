@@ -69,7 +69,9 @@ class Statement(Record):
     delta: Probability | None = None
     unit: Literal["example"] | None = Field(None, description="what the guarantee protects")
     neighboring_relation: Literal["add_remove", "replace_one", "zero_out"] | None = None
-    sampling: str | None = None
+    sampling: str | None = Field(
+        None, description="how batches were drawn: poisson, capped_poisson, fixed_size or shuffle; the events have the numbers"
+    )
     accountant: str | None = None
     statement: str = Field(description="all of it in a sentence")
     status: str = Field(description="complete; interrupted, can be resumed; in progress, or interrupted")

@@ -9,6 +9,7 @@ from typing import Any
 from accounting import NeighboringRelation
 from dptrain.report import COMPLETE, VOID
 from dptrain.reporting.facts import FALSE_POSITIVE_RATES, RunReport
+from dptrain.sampling import CappedSampler, FixedSizeSampler, ShuffledSampler
 
 RELATIONS = {
     NeighboringRelation.add_remove: "Two data sets are neighbours if one is the other with one example added or removed.",
@@ -46,8 +47,8 @@ def remarks(report: RunReport) -> list[str]:
     if report.files.status != COMPLETE:
         ending = "; resuming it spends more, and needs a new report" if report.private else ""
         found.append(f"The run is {report.files.status}{ending}.")
-    elif report.private and report.files.releases < report.files.run.num_steps:
-        found.append(f"The run was ended by its budget after {report.files.releases} of {report.files.run.num_steps} planned releases.")
+    elif report.private and report.files.releases < report.files.planned:
+        found.append(f"The run was ended by its budget after {report.files.releases} of {report.files.planned} planned releases.")
     together = said.get("data_set")
     if together is not None:
         found.append(
@@ -65,7 +66,7 @@ def headline(report: RunReport) -> str:
     said = report.statement
     text = f"epsilon = {said['epsilon']:.6g} at delta = {said['delta']:g}"
     if report.files.status != COMPLETE:
-        text += f", so far ({report.files.releases} of {report.files.run.num_steps} planned releases)"
+        text += f", so far ({report.files.releases} of {report.files.planned} planned releases)"
     return f"VOID (unsafe_seed): {text}" if report.void else text
 
 
@@ -115,19 +116,28 @@ def progress(report: RunReport) -> str:
     files = report.files
     if not report.private:
         return f"{files.status}; {files.metrics.steps} of {files.run.num_steps} steps"
-    return f"{files.status}; {files.releases} of {files.run.num_steps} planned releases"
+    return f"{files.status}; {files.releases} of {files.planned} planned releases"
 
 
 def sampling(report: RunReport) -> str:
     """How examples enter a step."""
-    rates = sorted({event.sample_rate for event in report.files.poisson}) or [report.files.run.sample_rate]
+    sampler = report.files.sampler
+    if isinstance(sampler, FixedSizeSampler):
+        return f"Fixed size: each step draws {sampler.batch_size} of the {sampler.num_examples} examples anew, without replacement"
+    if isinstance(sampler, ShuffledSampler):
+        return (
+            f"Shuffled passes: each takes the examples in an order of its own, in {sampler.per_pass} batches of {sampler.batch_size}; a "
+            "release is a whole pass, and no amplification by the shuffling is claimed"
+        )
+    rates = sorted({event.sample_rate for event in report.files.batches}) or [report.files.run.sample_rate]
     text = f"{rates[0]:.6g}" if len(rates) == 1 else f"between {rates[0]:.6g} and {rates[-1]:.6g}"
-    return f"Poisson: each step draws every example independently with probability {text}"
+    capped = f"; at most {sampler.max_batch_size} of those drawn are kept" if isinstance(sampler, CappedSampler) else ""
+    return f"Poisson: each step draws every example independently with probability {text}{capped}"
 
 
 def noise(report: RunReport) -> str:
     """Noise multiplier and kind."""
-    sigmas = sorted({event.noise_multiplier for event in report.files.poisson})
+    sigmas = sorted({event.noise_multiplier for event in report.files.batches})
     text = "Gaussian"
     if sigmas:
         several = f"s from {sigmas[0]:.6g} to {sigmas[-1]:.6g}"

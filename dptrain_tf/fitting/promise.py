@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accounting import AccountingError, PrivacyLedger, SampledGaussian, calibrate_steps, get_accountant
+from accounting import AccountingError, GaussianEvent, PrivacyLedger, calibrate_steps, get_accountant
 from dptrain.budget import Budget, Schedule, open_ledger
 from dptrain.errors import ConfigError, DataError
 from dptrain_tf.fitting.data import Data
@@ -39,7 +39,7 @@ class Promise(Steps):
         self._final = False  # whether the calibration is
         self.schedule: Schedule | None = None
         self.budget: Budget | None = None
-        self._event: SampledGaussian | None = None
+        self._event: GaussianEvent | None = None
         self._limit: float | None = None  # epsilon asked for by a callback
         self._allowed: float = math.inf  # further steps within it
         self._wanted = 0  # steps of this call of fit that are still to come

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accounting import NeighboringRelation, PrivacyLedger, SampledGaussian, get_accountant
+from accounting import GaussianEvent, NeighboringRelation, PrivacyLedger, get_accountant
 from dptrain.adaptive import AdaptiveClip
 from dptrain.budget import open_ledger
 from dptrain.config import Performance
@@ -146,7 +146,7 @@ class Facts:
     info: ModelInfo
     plan: Plan
     mechanism: GaussianMechanism
-    event: SampledGaussian
+    event: GaussianEvent
 
 
 class Session(Steps):
@@ -244,7 +244,7 @@ class Session(Steps):
             found[group.name] = values.pop()
         return found
 
-    def epsilon(self, events: tuple[tuple[SampledGaussian, int], ...] = ()) -> float:
+    def epsilon(self, events: tuple[tuple[GaussianEvent, int], ...] = ()) -> float:
         """Of what the ledger holds, and more events."""
         return get_accountant(ACCOUNTANT, RELATION).epsilon([*self.ledger.events, *events], self.parameters.delta)
 

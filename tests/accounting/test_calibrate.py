@@ -12,13 +12,17 @@ from scipy import stats
 from accounting import (
     ACCOUNTANTS,
     AccountingError,
+    CappedGaussian,
+    FixedSizeGaussian,
     SampledGaussian,
+    Tuning,
     calibrate_noise_multiplier,
     calibrate_sample_rate,
     calibrate_steps,
     calibrate_to_advantage,
     calibrate_to_delta,
     get_accountant,
+    shuffled_pass,
 )
 
 HISTORY = ((SampledGaussian(2.0, 0.01), 300),)
@@ -127,6 +131,48 @@ def test_other_relations(relation):
     sigma = calibrate_noise_multiplier(2.0, 1e-5, 0.02, 500, relation=relation)
     spent = get_accountant("prv", relation).epsilon([(SampledGaussian(sigma, 0.02), 500)], 1e-5)
     assert 2.0 * (1 - 1e-3) <= spent <= 2.0
+
+
+OTHERS = {
+    "capped": (lambda sigma: CappedGaussian(sigma, 0.05, 1000, 60), 0.05, "add_remove"),
+    "capped where it binds": (lambda sigma: CappedGaussian(sigma, 0.05, 1000, 40), 0.05, "replace_one"),
+    "fixed size": (lambda sigma: FixedSizeGaussian(sigma, 1000, 50), 0.05, "replace_one"),
+    "shuffled": (shuffled_pass, 1.0, "zero_out"),
+    "tuning": (lambda sigma: Tuning(((SampledGaussian(sigma, 0.05), 50),), 5.0, "geometric"), 0.05, "add_remove"),
+}
+
+
+@pytest.mark.parametrize("name", ACCOUNTANTS)
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("history", [(), HISTORY])
+def test_other_events(kind, name, history):
+    """Whatever is released, the accountant itself has said that the result is within the target, and close to it."""
+    event, rate, relation = OTHERS[kind]
+    spend = lambda one, n: get_accountant(name, relation).epsilon([*history, (one, n)], 1e-5)  # noqa: E731
+    steps = 1 if kind == "tuning" else 30
+    sigma = calibrate_noise_multiplier(4.0, 1e-5, rate, steps, name, relation, history, event=event)
+    assert 4.0 * (1 - 1e-3) <= spend(event(sigma), steps) <= 4.0
+    found = calibrate_steps(4.0, 1e-5, rate, sigma, name, relation, history, event=event(sigma))
+    assert found >= steps and spend(event(sigma), found) <= 4.0 < spend(event(sigma), found + 1)
+
+
+@pytest.mark.parametrize("name", ACCOUNTANTS)
+def test_the_default_event_is_a_poisson_sample(name):
+    for rate in (0.02, 1.0):
+        given = calibrate_noise_multiplier(2.0, 1e-5, rate, 40, name, event=lambda sigma, q=rate: SampledGaussian(sigma, q))
+        assert given == calibrate_noise_multiplier(2.0, 1e-5, rate, 40, name)
+        event = SampledGaussian(8.0, rate)
+        assert calibrate_steps(2.0, 1e-5, rate, 8.0, name, event=event) == calibrate_steps(2.0, 1e-5, rate, 8.0, name)
+    # Where the search begins is of no consequence for what holds of its end.
+    off = calibrate_noise_multiplier(2.0, 1e-5, 1e-3, 40, name, event=shuffled_pass, relation="zero_out")
+    assert 2.0 * (1 - 1e-3) <= get_accountant(name, "zero_out").epsilon([(shuffled_pass(off), 40)], 1e-5) <= 2.0
+
+
+def test_an_event_without_a_meaning_is_refused():
+    with pytest.raises(AccountingError, match="under replace_one only"):
+        calibrate_noise_multiplier(2.0, 1e-5, 0.05, 40, event=lambda sigma: FixedSizeGaussian(sigma, 1000, 50))
+    with pytest.raises(AccountingError, match="one release already gives"):
+        calibrate_steps(0.1, 1e-5, 1.0, 1.0, event=shuffled_pass(1.0))
 
 
 def test_full_sample_rate_when_the_budget_allows_it():

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import dptrain.mechanism as mechanism
-import dptrain.trainer as trainer
 from accounting.rdp import RDPAccountant
 from dptrain.auditing import audit, audit_setup
 from dptrain.auditing.run import structured_weights
 from dptrain.cli import main
 from dptrain.data import from_arrays
 from dptrain.errors import ConfigError
+from dptrain.sampling import PoissonSampler
 from dptrain.setup import Setup, prepare
 from dptrain_torch.backend import TorchBackend
 from tests.auditing import broken
@@ -166,7 +166,7 @@ def test_an_accountant_that_says_too_little_is_caught(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("sampler", [broken.Shuffled, broken.FixedSize, broken.Favourites])
 def test_other_sampling_accounted_as_poisson_is_caught(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = make()
-    monkeypatch.setattr(trainer, "PoissonSampler", sampler)
+    monkeypatch.setattr(PoissonSampler, "sample", sampler.sample)
     found = audit_setup(setup, **QUICK).failed()
     assert "sampling" in found
     assert set(found) <= {"sampling", "sampling of pairs", "two runs"}

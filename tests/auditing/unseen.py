@@ -523,7 +523,7 @@ def draws_by(sampler: type[PoissonSampler]) -> Break:
     """Another sampler."""
 
     def broken(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Setup:
-        monkeypatch.setattr(trainer, "PoissonSampler", sampler)
+        monkeypatch.setattr(PoissonSampler, "sample", sampler.sample)
         return setup
 
     return broken

@@ -330,9 +330,9 @@ def test_an_audit_that_contradicts_the_guarantee_comes_first(tmp_path):
 
 def test_a_statement_names_what_all_runs_on_the_data_have_spent():
     together = {"epsilon": 2.5, "delta": 1e-5, "accountant": "rdp", "releases": 9, "runs": 2, "ledger": "x.jsonl", "facts": {}}
-    said = privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {}, COMPLETE, together)
+    said = privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {"num_examples": 300}, COMPLETE, together)
     assert said["data_set"] == together and said["statement"].endswith("All 9 releases of 2 runs on this data: epsilon = 2.5.")
-    assert "data_set" not in privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {}, COMPLETE)
+    assert "data_set" not in privacy_statement(config(), [(SampledGaussian(1.0, 0.2), 4)], {"num_examples": 300}, COMPLETE)
 
 
 def test_runs_that_share_a_ledger_say_what_they_spent_together(tmp_path, monkeypatch):
