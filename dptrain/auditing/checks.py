@@ -286,28 +286,21 @@ def sampling(sampler: Any, draws: int = 200) -> Finding:
 def coins(sampler: Any, batches: list[Any]) -> Finding:
     """Independent coins of the claimed rate, and no example twice in a batch.
 
-    Rate, spread of the sizes, spread of each example's count, overlap of neighbouring batches: each within six standard deviations of what
-    Poisson sampling has.
+    The number of examples drawn and the overlap of neighbouring batches by their own laws; the spread of the sizes and of each example's
+    count within six standard deviations.
     """
+    from scipy.stats import binom
+
     n, q, draws = sampler.num_examples, sampler.sample_rate, len(batches)
-    repeated = any(len(np.unique(b)) < len(b) for b in batches)
-    counts = counts_of(batches, n)
-    sizes = np.array([len(b) for b in batches], np.float64)
-    overlap = float(sum(len(np.intersect1d(a, b)) for a, b in pairwise(batches)))
+    distinct = all(len(np.unique(b)) == len(b) for b in batches)
+    sizes, counts = np.array([len(b) for b in batches], np.float64), counts_of(batches, n)
     if q >= 1:
-        passed = bool((sizes == n).all() and not repeated)
-        return Finding("sampling", passed, f"all {n} examples in each of {draws} batches", {})
-    var = q * (1 - q)
-    scores = {
-        "rate": (sizes.sum() - draws * n * q) / math.sqrt(draws * n * var),
-        "spread of batch sizes": spread(sizes, n, q),
-        "spread of examples' counts": spread(counts, draws, q),
-        "overlap of neighbouring batches": (overlap - (draws - 1) * n * q * q) / math.sqrt((draws - 1) * n * overlap_variance(q)),
-    }
-    worst = max(scores, key=lambda name: abs(scores[name]))
-    passed = abs(scores[worst]) <= FAR and not repeated
-    text = f"{draws} batches of {n} examples at rate {q:.4g}: {worst} is off by {abs(scores[worst]):.3g} standard deviations"
-    return Finding("sampling", bool(passed), text + ("; an example was drawn twice" if repeated else ""), scores)
+        return Finding("sampling", bool((sizes == n).all() and distinct), f"all {n} examples in each of {draws} batches", {})
+    drawn = int(sizes.sum())
+    scores, p = overlap_test(batches, n)
+    p["rate"] = min(1.0, 2 * min(float(binom.cdf(drawn, draws * n, q)), float(binom.sf(drawn - 1, draws * n, q))))
+    scores |= {"spread of batch sizes": spread(sizes, n, q), "spread of examples' counts": spread(counts, draws, q)}
+    return verdict(f"{draws} batches of {n} examples at rate {q:.4g}", "an example was drawn twice", distinct, scores, p)
 
 
 def counts_of(batches: list[Any], n: int) -> Array:
@@ -477,8 +470,3 @@ def spread(values: Array, trials: int, q: float) -> float:
     rounding = len(values) / 4 * 2 * mean / variance if len(values) < FEW else 0.0
     above, below = float(chi2.sf(scaled, degrees)), float(chi2.cdf(scaled + rounding, degrees))
     return float(norm.isf(max(above, 1e-300)) if above < below else norm.ppf(max(below, 1e-300)))
-
-
-def overlap_variance(q: float) -> float:
-    """Variance per example and pair of an overlap: chains of coins, neighbours share one."""
-    return q * q * (1 - q * q) + 2 * (q**3 - q**4)
