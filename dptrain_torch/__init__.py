@@ -1,11 +1,6 @@
 """The torch backend of dptrain, its API for users with a model of their own, and layers to compose models from."""
 
-import os
-
-# Arrays of 2 MiB and more in huge pages, where the system has them: private steps make many, and a third of their extra time went
-# into new pages. torch reads it when it first makes such an array; set it to 0 before that to go without.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
+import dptrain_torch.process  # noqa: F401  # settings of the process
 from dptrain_torch.describe import describe
 from dptrain_torch.engine import check_bounds, clipped_sum, make_plan, per_sample_norms, project, self_check, validate
 from dptrain_torch.fix import fix, fix_report, freeze_all_but
