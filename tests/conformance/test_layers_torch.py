@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dptrain_torch import clipped_sum, per_sample_norms, uses
+from dptrain_torch import clipped_sum, make_plan, per_sample_norms, uses
+from dptrain_torch.engine import full_batch
+from dptrain_torch.gradients import bounded_sum
+from dptrain_torch.losses import cross_entropy
 from tests.conformance.torch_oracle import assert_exact, fill, projection, slow_layers
 
 Y = torch.tensor([0, 1, 2, 0])
@@ -574,3 +579,29 @@ def test_convolutions_by_groups_in_float32() -> None:
     wide = uses.ConvUse(x.double(), g.double(), (3, 3), (1, 1), (1, 1), 1, ((1, 1), (1, 1)))
     assert use.suits_groups() and not wide.suits_groups()
     torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["mixed_ghost", "per_sample"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_images_of_many_positions_in_float32(strategy: str, lean: bool) -> None:
+    """Where the framework's kernels make per-sample gradients; the other tests use float64, which they do not take."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh(), nn.Conv2d(8, 6, 3, groups=2), nn.Tanh(),
+        nn.Conv2d(6, 6, 3, padding="same", groups=6, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    x, y = normal(5, 3, 20, 18).float(), torch.arange(5) % 3
+    for inner in (False, True):
+        model, images = copy.deepcopy(net), x
+        if inner:
+            model, images = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        exact = copy.deepcopy(net).double()
+        each = [F.cross_entropy(exact(x[i : i + 1].double()), y[i : i + 1]) for i in range(5)]
+        gradients = [torch.autograd.grad(loss, list(exact.parameters())) for loss in each]
+        norms = torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in gradients])
+        clip = float(norms.min() / 2)
+        plan = make_plan(model, images, strategy, max_grad_norm=clip)
+        found = bounded_sum(model, cross_entropy, full_batch(images, y), plan, lean=lean).sums
+        for j, value in enumerate(found.values()):
+            expected = sum(clip / norms[i] * gradients[i][j] for i in range(5))
+            torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-5 * clip)

@@ -471,6 +471,73 @@ def test_norms_that_are_taken_in_turns_are_those_of_all_at_once(name: str, tile:
     assert tile > 1 or lengths == 2 * [1] * 7 + 2 * [3, 3, 1]
 
 
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "uneven padding": {"pads": ((0, 2), (1, 0))},
+    "dilated": {"dilation": (2, 1), "pads": ((2, 2), (1, 1))},
+    "grouped": {"groups": 2},
+    "wide kernel": {"kernel": (1, 5), "pads": ((0, 0), (2, 2))},
+}
+
+
+@pytest.mark.skipif(not uses.groups_work(), reason="TensorFlow's kernels here take no channel groups")
+@pytest.mark.parametrize("numbers", [1, 900, 1 << 20])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_by_groups_of_examples(name: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = {"kernel": (3, 3), "dilation": (1, 1), "groups": 1, "pads": ((1, 1), (1, 1))} | CONVOLUTIONS[name]
+    rng = np.random.default_rng(0)
+    reach = [s + sum(p) - d * (k - 1) for s, p, d, k in zip((6, 5), kind["pads"], kind["dilation"], kind["kernel"], strict=True)]
+    x, g = rng.normal(size=(7, 6, 5, 4)), rng.normal(size=(7, *reach, 6))
+    shape = (*kind["kernel"], 4 // kind["groups"], 6)
+
+    def use(kind_of: Any) -> uses.ConvUse:
+        arrays = (tf.constant(x, kind_of), tf.constant(g, kind_of))
+        return uses.ConvUse(*arrays, kind["kernel"], (1, 1), kind["dilation"], kind["groups"], kind["pads"], shape)
+
+    expected = use(tf.float64).contract(tf.constant(g), "b").numpy()
+    assert not use(tf.float64).suits_groups() and not use(tf.float32).suits_groups()  # too few positions
+    monkeypatch.setattr(uses, "GROUP_POSITIONS", 1)
+    monkeypatch.setattr(uses, "GROUP_NUMBERS", numbers)
+    assert use(tf.float32).suits_groups() and not use(tf.float64).suits_groups()
+    with uses.compiled_by_xla(True):
+        assert not use(tf.float32).suits_groups()
+    square, kept = use(tf.float32).in_parts()
+    w = np.linspace(0, 1, 7)
+    assert len(kept.pieces) == 7 or numbers > 1
+    assert np.allclose(use(tf.float32).instantiate(), expected, rtol=1e-4, atol=1e-4)
+    assert np.allclose(square, (expected**2).sum((1, 2, 3, 4)), rtol=1e-5)
+    assert np.allclose(uses.instantiated_norm(use(tf.float32)), square, rtol=1e-6)
+    for flags in (np.ones(7, bool), w > 0.5):
+        found = kept.keep(tf.constant(flags)).weighted_sum(tf.constant(w))
+        assert np.allclose(found, np.tensordot(w * flags, expected, 1), rtol=1e-4, atol=1e-4)
+    assert np.allclose(kept.fold(7).instantiate(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", [{}, {"lean": True}, {"two_pass": True}], ids=["book_keeping", "lean", "two_pass"])
+@pytest.mark.parametrize("strategy", ["mixed_ghost", "per_sample"])
+def test_images_of_many_positions_in_float32(strategy: str, way: dict[str, bool]) -> None:
+    """Where the framework's kernels make per-sample gradients; the other tests use float64, which they do not take."""
+    keras.config.set_dtype_policy("float32")
+    model = keras.Sequential([
+        keras.Input((20, 18, 3)), L.Conv2D(8, 3, padding="same", activation="tanh"), L.Conv2D(6, 3, groups=2, activation="tanh"),
+        L.DepthwiseConv2D(3, padding="same"), L.GlobalAveragePooling2D(), L.Dense(2),
+    ])  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(B, 20, 18, 3)).astype(np.float32)
+    y = np.random.default_rng(1).normal(size=(B, 2)).astype(np.float32)
+    gradients = per_example(model, mean_squared_error, x, y)
+    norms = norms_of(gradients)
+    clip = float(norms.min() / 2)
+    plan = engine.make_plan(model, x, strategy, max_grad_norm=clip)
+    mask = tf.ones([B], tf.bool)
+
+    def sums(batch: Batch) -> Any:
+        return bounded_sum(model, mean_squared_error, batch, plan, training=False, **way)
+
+    expected = weighted(gradients, clip / norms)
+    for run in (sums, make_backend(Performance()).compile(sums)):
+        assert gap(run(Batch(tf.constant(x), tf.constant(y), mask)).sums, expected) < 1e-4 * clip
+
+
 def test_strided_convolutions_with_a_small_kernel_are_checked_without_xla() -> None:
     model = small(
         L.Conv2D(3, 1, strides=2, padding="same", name="down"), L.Conv2D(3, 1, strides=(1, 2)), L.Flatten(), L.Dense(2), shape=(5, 6, 2)
