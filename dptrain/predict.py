@@ -19,10 +19,11 @@ from dptrain.plan import Plan
 if TYPE_CHECKING:
     from dptrain.setup import Setup
 
-# Fitted to steps of torch on two cores (small VGG, ResNet-18, a transformer, a BERT-like network; docs/benchmarks.md), in multiply-adds
-# of a batched product: a native product of plain training; passes over a layer's input and output, which also stand for the
-# operations without parameters around it; norms against their bare arithmetic, since their kernels are many and small.
-PASS_COST, PASSES, NORM_COST = 1.0, 12, 1.35
+# Fitted to steps of torch on two cores with AVX-512 (small VGG, ResNet-18, a transformer, a BERT-like network; docs/benchmarks.md), in
+# multiply-adds of a batched product: a native product of plain training, and one of a convolution; passes over a layer's input and output,
+# which also stand for the operations without parameters around it; and more such passes of a convolution or normalisation whose norms are
+# taken: what is copied, rebuilt or kept.
+PASS_COST, CONV_PASS_COST, PASSES, NORM_PASSES = 1.0, 0.6, 12, 6
 # Per parameter and step, in multiply-adds: an optimizer reads and writes a few arrays; a Gaussian value of the counter-based
 # generator takes a logarithm, a root, a sine and a cosine.
 UPDATE_COST, NOISE_COST = 4 * MEMORY_COST, 100.0
@@ -103,7 +104,8 @@ def numbers_in(layer: LayerInfo) -> int:
 def plain_cost(layer: LayerInfo) -> float:
     """Work per example of forward pass, cotangent and weight gradient, in multiply-adds."""
     traffic = MEMORY_COST * PASSES * (numbers_in(layer) + layer.positions * layer.fan_out)
-    products = 3 * PASS_COST * layer.positions * gradient_size(layer) if layer.kind in (LINEAR, CONV) else 0.0
+    each = CONV_PASS_COST if layer.kind == CONV else PASS_COST
+    products = 3 * each * layer.positions * gradient_size(layer) if layer.kind in (LINEAR, CONV) else 0.0
     return products + traffic
 
 
@@ -113,13 +115,14 @@ def norm_cost(layer: LayerInfo, method: Method, lean: bool = False) -> float:
         return 0.0
     if layer.kind == EMBEDDING:  # the Gram matrix of cotangents, masked by equal ids; the sum is a scatter, as in plain training
         gram = layer.positions**2 * (layer.fan_out + 3 * MEMORY_COST)
-        return NORM_COST * (gram if method == "ghost" else instantiate_cost(layer))
+        return gram if method == "ghost" else instantiate_cost(layer)
     if layer.kind not in (LINEAR, CONV):
-        return NORM_COST * 2 * MEMORY_COST * layer.positions * layer.fan_out
+        return (NORM_PASSES + 1) * 2 * MEMORY_COST * layer.positions * layer.fan_out
     way = ghost_cost(layer) if method == "ghost" else instantiate_cost(layer)
     if method == "instantiate" and passes(layer, lean):  # the gradient is not at hand any more when the sum is taken
         way += SUM_COST * layer.positions * gradient_size(layer)
-    return NORM_COST * (way - SUM_COST * layer.positions * gradient_size(layer))
+    copies = NORM_PASSES * MEMORY_COST * (numbers_in(layer) + layer.positions * layer.fan_out) if layer.kind == CONV else 0.0
+    return way + copies - SUM_COST * layer.positions * gradient_size(layer)
 
 
 def passes(layer: LayerInfo, lean: bool) -> bool:
