@@ -9,6 +9,7 @@ cotangents are what is asked of ``grad``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -237,6 +238,7 @@ class Tap:
         self._hooks: list[Any] = []
         self._arrivals: list[Any] = []
         self._sink: Callable[[Any], None] = lambda call: None
+        self.running = False  # whether its backward pass is
 
     def __enter__(self) -> Tap:
         watched = any(unit.bare is not None or unit.static for unit in self.units)
@@ -344,14 +346,22 @@ class Tap:
             self._edges += [(call, i, get_gradient_edge(z)) for i, z in enumerate(call.outputs) if z.requires_grad]
             return
         edge = get_gradient_edge(call.outputs[0])
-        place = edge.output_nr  # the closure must not hold the node, which holds the closure
+        # The closure must hold neither the node, which holds the closure, nor what holds the node: no collector sees that circle, and a
+        # pass that is never taken backwards would stay in memory for good. The tap and its calls live as long as cotangents are wanted.
+        place, taps, calls = edge.output_nr, weakref.ref(self), weakref.ref(call)
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> None:
-            if self.watch is not None:
-                self.watch.depth += 1
-            self._deliver(call, [gradients[place]])
-            if self.watch is not None:
-                self.watch.depth -= 1
+            tap, arrived = taps(), calls()
+            if tap is None or not tap.running:
+                return  # someone else's backward pass
+            if arrived is None:
+                problem = "the loss reaches a forward pass over another number of examples; call the model on equally many each time."
+                raise UnsupportedModelError([problem])
+            if tap.watch is not None:
+                tap.watch.depth += 1
+            tap._deliver(arrived, [gradients[place]])
+            if tap.watch is not None:
+                tap.watch.depth -= 1
 
         self._arrivals.append(edge.node.register_prehook(arrive))
 
@@ -399,6 +409,7 @@ class Tap:
         edges = [edge for _, _, edge in self._edges]
         if not edges:
             return
+        self.running = True
         try:
             with self.replay() as grad:
                 gradients: list[Tensor | None] = list(grad(total, edges, allow_unused=True, retain_graph=retain_graph))
@@ -409,6 +420,7 @@ class Tap:
                 ["activation checkpointing with use_reentrant=True hides its layers; set use_reentrant=False."]
             ) from None
         finally:
+            self.running = False
             for hook in self._arrivals:  # never from inside a hook: autograd is iterating over them there
                 hook.remove()
             self._arrivals = []

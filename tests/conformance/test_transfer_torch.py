@@ -235,6 +235,26 @@ def test_biases_alone_store_no_inputs(bias_only: bool) -> None:
     assert output.requires_grad
 
 
+def test_passes_that_are_never_taken_backwards_leave_nothing_behind() -> None:
+    """What is planned, checked or evaluated with gradients on is freed; collectors do not see circles through autograd's nodes."""
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(weakref.ref(x))  # which the node of tanh keeps
+            return x
+
+    seen: list[Any] = []
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Look(), nn.Linear(6, 3))
+    make_plan(model, torch.randn(4, 5))
+    clipped_sum(model, losses, torch.randn(4, 5), Y)
+    with Tap(find_units(model), B) as tap:
+        output = model(torch.randn(B, 5))
+    assert seen[-1]() is not None
+    del tap, output
+    gc.collect()
+    assert len(seen) > 3 and all(ref() is None for ref in seen)
+
+
 def test_outputs_that_nothing_needs_are_not_kept() -> None:
     """What a normalisation gives to an activation is freed in the forward pass, as in plain training."""
 
