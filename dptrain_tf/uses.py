@@ -57,10 +57,12 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def by_axis(x: Tensor, axis: int) -> Tensor:
-    """Sum of squares over all axes but one; over the outer ones first, so that no sum skips through memory."""
+    """Sum of squares over all axes but one; over the outer ones first, so that no sum skips through memory, and one after the other, since
+    rounding grows with the length of a sum."""
     if axis == 0:
         return square_sum(x)
-    outer = tf.reduce_sum(tf.square(tf.reshape(x, [-1, *x.shape[axis:]])), axis=0)
+    outer = tf.square(tf.reshape(x, [-1, *x.shape[axis - 1 :]]))
+    outer = tf.reduce_sum(tf.reduce_sum(outer, axis=1), axis=0)
     return tf.reduce_sum(outer, axis=list(range(1, outer.shape.rank))) if outer.shape.rank > 1 else outer
 
 
