@@ -90,7 +90,7 @@ def validate(model: Any, batch: Any, loss: Loss | None = None, targets: Any = No
 
 def method_of(unit: Unit) -> str:
     """How a unit's per-sample gradients are found."""
-    return "rule" if unit.rule else "bare" if unit.bare else "slow"
+    return "rule" if unit.rule or unit.recurrent else "bare" if unit.bare else "slow"
 
 
 def surrogate(y: Any, output: Any) -> Tensor:

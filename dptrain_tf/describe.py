@@ -11,9 +11,10 @@ import keras
 import tensorflow as tf
 
 from dptrain.errors import UnsupportedModelError
-from dptrain.info import GENERIC, LayerInfo, ModelInfo
+from dptrain.info import GENERIC, LINEAR, LayerInfo, ModelInfo
 from dptrain_tf.gradients import batch_size, call_model, trainable
 from dptrain_tf.hooks import LAYOUT, Call, Layout, Tap, Unit, find_units, no_batch_axis
+from dptrain_tf.recurrent import recurrent_facts
 from dptrain_tf.rules import children
 
 
@@ -154,12 +155,17 @@ def graph_order(model: Any) -> dict[int, int]:
 def layer_info(unit: Unit, calls: list[Call], num_params: int) -> LayerInfo:
     """The facts of one layer; a layer that is never called still receives noise, so it has facts too."""
     params = tuple(dict.fromkeys(unit.identifiers.values()))
-    if unit.rule is None or not calls:
+    if not calls or (unit.rule is None and not unit.recurrent):
         return LayerInfo(unit.name, GENERIC, 1, 1, num_params, num_params, params, len(calls))
-    facts = [unit.rule.facts(unit.layer, call.input, call.outputs[0]) for call in calls]
+    if unit.rule is None:
+        facts: list[dict[str, Any]] = [recurrent_facts(unit.layer, call.input) for call in calls]
+    else:
+        facts = [unit.rule.facts(unit.layer, call.input, call.outputs[0]) for call in calls]
     folds = [call.outputs[0].shape[0] // call.batch for call in calls]
     positions = sum(f["positions"] * fold for f, fold in zip(facts, folds, strict=True))
     attrs = dict(facts[0].get("attrs", {}))
     if "padded" in attrs:
         attrs["padded"] = sum(f["attrs"]["padded"] * fold for f, fold in zip(facts, folds, strict=True))
-    return LayerInfo(unit.name, unit.kind, positions, facts[0]["fan_in"], facts[0]["fan_out"], num_params, params, len(calls), attrs)
+    kind = LINEAR if unit.rule is None else unit.kind
+    fan_in, fan_out = facts[0]["fan_in"], facts[0]["fan_out"]
+    return LayerInfo(unit.name, kind, positions, fan_in, fan_out, num_params, params, len(calls), attrs)

@@ -24,6 +24,7 @@ from dptrain.plan import Plan
 from dptrain.profiling import phase
 from dptrain_tf.hooks import Call, Tap, Unit, find_units, layouts_of, trainable
 from dptrain_tf.lipschitz import LossGradientClip
+from dptrain_tf.recurrent import recurrent_uses
 from dptrain_tf.rules import aligned, children, generic_uses
 from dptrain_tf.uses import ConvUse, DirectUse, Use, ghost_norm, instantiated_norm, per_example, square_sum
 
@@ -172,10 +173,13 @@ class Accumulator:
 def call_uses(call: Call) -> dict[str, Use]:
     """Parameter name -> use, for the trainable parameters of one call."""
     unit = call.unit
-    if unit.rule is None:
+    by_role = recurrent_uses(call) if unit.recurrent else None
+    if by_role is None and unit.rule is None:
         by_role = generic_uses(call)
     else:
-        by_role = unit.rule.uses(unit.layer, *aligned(call.input, call.cotangents[0]))
+        if by_role is None:
+            assert unit.rule is not None
+            by_role = unit.rule.uses(unit.layer, *aligned(call.input, call.cotangents[0]))
         if call.folded > 1:
             by_role = {role: use.fold(call.batch) for role, use in by_role.items()}
         for role, use in by_role.items():

@@ -26,6 +26,7 @@ from tensorflow import Tensor
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import CONV, GENERIC, LayerInfo
 from dptrain_tf.bare import Frame, as_tensor, is_float
+from dptrain_tf.recurrent import is_recurrent
 from dptrain_tf.rules import (
     WHOLE,
     Rule,
@@ -60,6 +61,7 @@ class Unit:
         variables: role -> variable.
         identifiers: role -> ``layer.role``; a tied variable carries its first owner's identifier.
         bare: the variables are the layer's own alone; the layers below it are units of their own.
+        recurrent: ``recurrent_uses`` gives its uses.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Unit:
     variables: dict[str, Any]
     identifiers: dict[str, str]
     bare: bool = False
+    recurrent: bool = False
 
     @property
     def kind(self) -> str:
@@ -204,7 +207,8 @@ def find_units(model: Any, training: bool = False) -> list[Unit]:
                     "cannot be rebuilt; set its dropout to 0, or drop units in a Dropout layer of its own."
                 )
         identifiers = {role: owners.setdefault(id(v), f"{shown}.{role}") for role, v in by_role.items()}
-        units.append(Unit(shown, layer, rule, {role: keys[id(v)] for role, v in by_role.items()}, by_role, identifiers, bare))
+        params = {role: keys[id(v)] for role, v in by_role.items()}
+        units.append(Unit(shown, layer, rule, params, by_role, identifiers, bare, whole and is_recurrent(layer)))
     covered = {key for unit in units for key in unit.params.values()}
     if not problems:
         loose = [key for key in keys.values() if key not in covered]

@@ -86,7 +86,7 @@ def validate(model: nn.Module, batch: Any, loss: Loss | None = None, targets: An
 
 def method_of(unit: Unit, calls: int) -> str:
     """How a unit's per-sample gradients are found."""
-    if unit.whole:
+    if unit.whole and not unit.recurrent:
         return "slow" if calls else "unused"
     return "bare" if unit.bare is not None or unit.static else "rule" if calls else "unused"
 

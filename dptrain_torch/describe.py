@@ -26,8 +26,10 @@ from dptrain_torch.hooks import (
     has_batch,
     must_be_whole,
     no_batch_axis,
+    row_axis,
     units_of,
 )  # fmt: skip
+from dptrain_torch.recurrent import recurrent_facts
 from dptrain_torch.rules import batch_axis
 
 SIZES = (2, 3)  # of the batches that tell what grows with the batch
@@ -278,10 +280,14 @@ def call_facts(unit: Unit, call: Call | BareCall, size: int) -> dict[str, Any] |
     """The facts of one call of a layer with a fast rule, positions counted over all rows of an example."""
     if isinstance(call, BareCall):
         return call.facts
-    if unit.rule is None:
-        return None
-    z = call.outputs[0].movedim(unit.axis, 0)
-    facts = dict(unit.rule.facts(unit.module, call.input.movedim(unit.axis, 0), z))
+    z = call.outputs[0].movedim(row_axis(unit, 0), 0)
+    if unit.rule is not None:
+        facts = dict(unit.rule.facts(unit.module, call.input.movedim(unit.axis, 0), z))
+    else:
+        found = recurrent_facts(unit.module, call.input) if unit.recurrent and not unit.shared else None
+        if found is None:
+            return None
+        facts = found
     rows = len(z) // size
     facts["positions"] *= rows
     if "padded" in facts.get("attrs", {}):

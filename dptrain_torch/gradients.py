@@ -22,7 +22,7 @@ from dptrain.profiling import phase
 from dptrain_torch.bare import BareCall
 from dptrain_torch.hooks import Call, Tap, Unit, find_units
 from dptrain_torch.lipschitz import LossGradientClip
-from dptrain_torch.uses import DirectUse, Use, ghost_norm, instantiated, instantiated_norm, per_example, square_sum
+from dptrain_torch.uses import DirectUse, Use, ghost_norm, instantiated, instantiated_norm, joined, per_example, square_sum
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -139,17 +139,20 @@ class Accumulator:
         wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
         direct = all(isinstance(use, DirectUse) for use in uses)
         square = ghost_norm(uses) if wants_ghost and not direct else None
-        single = len(uses) == 1 and not direct
-        passing = not self.keep or (self.lean and not (single and uses[0].shrinks))
-        if square is None and single and passing:
-            square = instantiated_norm(uses[0])
-        elif square is None and single:
-            square, uses[0] = instantiated(uses[0])
-        elif square is None:
-            gradient = uses[0].instantiate()
-            for use in uses[1:]:
-                gradient = gradient + use.instantiate()
-            square, uses = square_sum(gradient), [DirectUse(gradient)] if direct or not passing else uses
+        if square is None:
+            parts = uses if direct else joined(uses)  # of a layer called T times one product over all its positions
+            single = len(parts) == 1 and not direct
+            passing = not self.keep or (self.lean and not (single and parts[0].shrinks))
+            if single and passing:
+                square = instantiated_norm(parts[0])
+            elif single:
+                square, kept = instantiated(parts[0])
+                uses = [kept]
+            else:
+                gradient = parts[0].instantiate()
+                for use in parts[1:]:
+                    gradient = gradient + use.instantiate()
+                square, uses = square_sum(gradient), [DirectUse(gradient)] if direct or not passing else uses
         group = self.group_of[self.owners[name][0]]
         self.squares[group] = self.squares[group] + square if group in self.squares else square
         if self.keep:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.info import EMBEDDING, GENERIC, LayerInfo
 from dptrain_torch.bare import BareCall, Watch, open_to_modes
+from dptrain_torch.recurrent import is_recurrent, recurrent_uses
 from dptrain_torch.rules import Rule, batch_axis, generic_uses, mixes_examples, rule_for
 from dptrain_torch.uses import DirectUse, Use, wide
 
@@ -46,6 +47,7 @@ class Unit:
         axis: the axis of its inputs and outputs that holds the examples.
         static: it is computed from parameters and constants alone, so that its output has no batch axis (a table of biases).
         shared: bit i says that argument i of a module tapped as a whole is the same for all examples.
+        recurrent: ``recurrent_uses`` gives its uses.
         root: the model.
     """
 
@@ -57,6 +59,7 @@ class Unit:
     axis: int = 0
     static: bool = False
     shared: int = 0
+    recurrent: bool = False
     root: nn.Module | None = None
 
     @property
@@ -97,7 +100,10 @@ class Call:
     def uses(self) -> dict[str, Use]:
         """Parameter name -> use."""
         unit = self.unit
-        if unit.rule is None:
+        again = recurrent_uses(unit.module, self.args, self.kwargs, self.cotangents) if unit.recurrent and not unit.shared else None
+        if again is not None:
+            by_role = again
+        elif unit.rule is None:
             by_role = generic_uses(unit.module, list(unit.params), self.args, self.kwargs, self.cotangents, unit.shared)
         else:
             cotangent = self.cotangents[0]
@@ -198,7 +204,8 @@ def units_of(model: nn.Module, whole: Container[str] = ()) -> list[Unit]:
                 "cannot be rebuilt; set its dropout to 0."
             )
         params = {k: names[id(p)] for k, p in own.items()}
-        units.append(Unit(shown, module, rule, params, 0 if rule is None and not slow else None, root=model))
+        bare = 0 if rule is None and not slow else None
+        units.append(Unit(shown, module, rule, params, bare, recurrent=slow and is_recurrent(module), root=model))
     if problems:
         raise UnsupportedModelError(problems)
     return units

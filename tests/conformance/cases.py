@@ -199,7 +199,7 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, by the slow method."""
+    """An LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ CASES: list[Case] = [
     Case("tied embedding and output", (5,), seeded(Tied), None, tokens=7),
     Case("broadcast position ids", (6,), seeded(Positions), None, tokens=9),
     Case("attention", (5, 8), seeded(Attention), keras_attention),
-    Case("lstm, slow method", (4, 3), seeded(Recurrent), lambda: k(KL.LSTM(4, **D64), shape=(4, 3))),
+    Case("lstm", (4, 3), seeded(Recurrent), lambda: k(KL.LSTM(4, **D64), shape=(4, 3))),
     Case("bare parameter, slow method", (3, 4), seeded(BareParameter), None),
     Case("frozen weight", (3, 5), frozen(lambda: t(nn.Linear(5, 4), nn.Tanh(), shape=(3, 5)), "weight"), None),
     Case("frozen bias", (5, 5, 2), frozen(lambda: t(nn.Conv2d(2, 3, 3), nn.Tanh(), shape=(2, 5, 5)), "bias"), None, (2, 5, 5)),

@@ -526,8 +526,10 @@ BAD_DATA: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def one_model() -> Any:
+    policy = keras.config.dtype_policy()  # this comes before the fixture that every test has
     keras.config.set_dtype_policy("float64")
     model = mlp()
+    keras.config.set_dtype_policy(policy)
     make_private(model, privacy=dptrain.Privacy(noise_multiplier=1.0), expected_batch_size=BATCH)
     model.compile("sgd", cross_entropy())
     return model

@@ -44,10 +44,8 @@ def data(*shape: int, ids: int = 0, batch: int = B) -> Any:
 
 # --- families -------------------------------------------------------------------------------------------------------------
 
-# Grouped convolutions are compiled by XLA at each eager call, recurrent layers are converted: minutes of CPU in all.
-HEAVY = {"LSTM", "Bidirectional GRU", "TimeDistributed"} | {
-    f"keras.applications {name}" for name in ("ConvNeXtTiny", "EfficientNetB0", "DenseNet121", "ResNet50V2")
-}
+# Grouped convolutions are compiled by XLA at each eager call: minutes of CPU in all.
+HEAVY = {f"keras.applications {name}" for name in ("ConvNeXtTiny", "EfficientNetB0", "DenseNet121", "ResNet50V2")}
 NEEDS = {"keras_hub BERT": "keras_hub", "keras_hub GPT-2": "keras_hub"}
 FAMILIES = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in families.FAMILIES]
 

@@ -295,7 +295,6 @@ CASES: dict[str, Any] = {
     "time_distributed": chain((4, 3), lambda: L.TimeDistributed(D(2))),
 }  # fmt: skip
 TOLERANCE = {"lora": 1e-6, "lora_embedding": 1e-6}  # Keras keeps LoRA weights in float32
-SLOW_TRACE = {"masked_lstm", "lstm", "gru_bidirectional", "time_distributed"}
 
 
 def data(shape: Any, ids: int, seed: int = 0) -> Any:
@@ -347,17 +346,14 @@ def untouched(model: Any) -> bool:
     return not any("call" in layer.__dict__ or layer.__dict__.get("activation", 0) is None for layer in children(model))
 
 
-HEAVY = ("gru_bidirectional", "masked_lstm")  # half a minute each, like "lstm", which stays
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_norms_and_sums_match_the_oracle(name: str) -> None:
     model, x, y = case(name)
     gradients = per_example(model, mean_squared_error, x, y)
     norms, tolerance = norms_of(gradients), TOLERANCE.get(name, 1e-9)
     clip = float(np.median(norms))
     expected = weighted(gradients, clip / np.maximum(norms, clip))
-    for strategy in STRATEGIES[2:] if name in SLOW_TRACE else STRATEGIES:
+    for strategy in STRATEGIES:
         found = engine.per_sample_norms(model, mean_squared_error, x, y, strategy)
         assert np.abs(found - norms).max() < tolerance * norms.max()
         plan = engine.make_plan(model, x, strategy, max_grad_norm=clip)
