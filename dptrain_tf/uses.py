@@ -93,8 +93,9 @@ UNFOLD, FEW_CHANNELS = 8, 16
 # Numbers that the temporaries of a norm should hold at once; more examples are taken in turns, which also keeps them in cache, but in no
 # more turns than that, for the size of the graph.
 TILE, TURNS = 1 << 21, 8
-# Positions from which per-sample gradients of convolutions are left to the framework's kernel, numbers it works on at once, and calls.
-GROUP_POSITIONS, GROUP_NUMBERS, GROUP_CALLS = 256, 1 << 20, 32
+# Positions from which per-sample gradients of convolutions are left to the framework's kernel, numbers it works on at once, calls,
+# and the most taps of a kernel of channel groups.
+GROUP_POSITIONS, GROUP_NUMBERS, GROUP_CALLS, GROUP_TAPS = 256, 1 << 20, 32, 9
 
 
 @dataclass(eq=False)
@@ -343,6 +344,24 @@ class ConvUse(Use):
             for tap in taps
         ]
 
+    def views(self, padded: Tensor) -> Iterator[Tensor]:
+        """What each kernel tap meets of a padded input at the output positions, ``[B, *T, C]`` each.
+
+        TensorFlow's slices with strides are slow: 5x5 taps with strides of 2 over 64 examples of 16x16x128 took 89 ms, and 10 as slices
+        without strides of the input with every axis split in two.
+        """
+        if max(self.stride) == 1 or len(self.kernel) > 2:  # an axis more for each would be too many
+            yield from (padded[(slice(None), *where)] for where in self.offsets())
+            return
+        surplus = [-size % step for size, step in zip(padded.shape[1:-1], self.stride, strict=True)]
+        if any(surplus):
+            padded = tf.pad(padded, [(0, 0), *((0, n) for n in surplus), (0, 0)])
+        halves = [n for size, step in zip(padded.shape[1:-1], self.stride, strict=True) for n in (size // step, step)]
+        split = tf.reshape(padded, [padded.shape[0], *halves, padded.shape[-1]])
+        for where in self.offsets():
+            first = [(axis.start // axis.step, axis.start % axis.step, size) for axis, size in zip(where, self.g.shape[1:-1], strict=True)]
+            yield split[(slice(None), *(cut for row, phase, size in first for cut in (slice(row, row + size), phase)))]
+
     def grouped(self, x: Tensor) -> Tensor:
         """``[B, *S, C]`` as ``[B, S, groups, C / groups]``, or ``[B, S, C]`` where there is one group."""
         split = [self.groups, x.shape[-1] // self.groups] if self.groups > 1 else [x.shape[-1]]
@@ -364,7 +383,7 @@ class ConvUse(Use):
             sizes, strides, rates = ([1, *axes, 1] for axes in (self.kernel, self.stride, self.dilation))
             found = tf.image.extract_patches(padded, sizes, strides, rates, "VALID")
             return tf.reshape(found, [found.shape[0], -1, found.shape[-1]])
-        return tf.concat([self.grouped(padded[(slice(None), *where)]) for where in self.offsets()], axis=-1)
+        return tf.concat([self.grouped(view) for view in self.views(padded)], axis=-1)
 
     def contract(self, g: Tensor, out: str) -> Tensor:
         """``out = "b"``: per-sample gradients for the cotangents ``g``; ``out = ""``: their sum."""
@@ -374,9 +393,10 @@ class ConvUse(Use):
             patches = self.patches(padded)
             summed = tf.matmul(patches, g, transpose_a=True) if out else tf.tensordot(patches, g, axes=((0, 1), (0, 1)))
             return tf.reshape(summed, [*([self.x.shape[0]] if out else []), *self.shape])
-        for where in self.offsets():
+        views = self.views(padded)
+        for _ in range(math.prod(self.kernel)):
             with tf.control_dependencies(taps[-2:-1]):  # two slices at a time stand in memory
-                x = self.grouped(padded[(slice(None), *where)])
+                x = self.grouped(next(views))
             if self.groups == 1 and out:
                 taps.append(tf.matmul(x, g, transpose_a=True))  # [B, C, p]
             elif self.groups == 1:
@@ -397,18 +417,25 @@ class ConvUse(Use):
     def suits_groups(self) -> bool:
         """Whether ``by_groups`` is the faster way: oneDNN's kernel, with enough positions to outweigh its setting up.
 
-        Milliseconds for 64 examples on two busy cores, by groups; by slices; the native sum: 32x32x64 -> 64 54, 85, 48;
-        16x16x128 -> 128 58, 72, 48; 16x16x64 -> 128 26, 37, 24; 32x32x3 -> 64 8, 23, 5; 8x8x128 -> 256 38, 42, 23.
+        Milliseconds for 64 examples on two busy cores, by groups; by slices; the native sum: 32x32x64 -> 64 54, 85, 48; 16x16x128 -> 128
+        58, 72, 48; 16x16x64 -> 128 26, 37, 24; 32x32x3 -> 64 8, 23, 5; 8x8x128 -> 256 38, 42, 23. Where channels are in groups, it always
+        is for kernels up to 3x3: depthwise 32x32x64 with strides of 2 7, 14 (native 1), 16x16x128 5, 14 (3), 4x4x512 2.3, 4.5 (0.5); 32
+        groups of 16x16x128 7, 91; 128 of 4x4x512 8, 17. For larger ones oneDNN has no good kernel: 5x5 depthwise 16x16x128 28, 19.
         """
-        enough = len(self.kernel) == 2 and math.prod(self.g.shape[1:-1]) >= GROUP_POSITIONS
-        dense = self.shape[-2] * self.groups == self.x.shape[-1]  # not depthwise
-        fits = enough and dense and max(self.stride) == 1 and max(self.kernel) > 1
-        return fits and self.x.dtype == tf.float32 and _GROUPS.get() and groups_work()
+        if len(self.kernel) != 2 or max(self.kernel) == 1 or self.x.dtype != tf.float32:
+            return False
+        positions = math.prod(self.g.shape[1:-1])
+        if self.groups > 1:
+            reaches = len(set(self.stride)) == 1 and min(self.kernel) >= self.stride[0]
+            fits = positions > 4 and math.prod(self.kernel) <= GROUP_TAPS and reaches
+        else:
+            fits = positions >= GROUP_POSITIONS and max(self.stride) == 1
+        return fits and _GROUPS.get() and groups_work()
 
     def by_groups(self) -> tuple[Tensor, PartsUse]:
         """By the framework's weight gradient, with each of a few examples a channel group of one example."""
         x, g = self.padded(), self.g
-        c, p = self.shape[-2:]
+        c, p = x.shape[-1] // self.groups, g.shape[-1]  # of a depthwise kernel [*kernel, C, m] too, whose outputs have the same order
         each = math.prod(x.shape[1:]) + math.prod(g.shape[1:]) + math.prod(self.shape)
         pieces: list[Any] = []
         squares: list[Any] = []
@@ -417,7 +444,7 @@ class ConvUse(Use):
             with tf.control_dependencies(squares[-1:]):  # a norm is taken while its gradients are in the cache
                 one_x, one_g = (tf.reshape(tf.transpose(t[start:stop], [1, 2, 0, 3]), [1, *t.shape[1:-1], -1]) for t in (x, g))
             found = tf.raw_ops.Conv2DBackpropFilter(
-                input=one_x, filter_sizes=[*self.kernel, c, b * p], out_backprop=one_g, strides=[1, 1, 1, 1], padding="VALID",
+                input=one_x, filter_sizes=[*self.kernel, c, b * p], out_backprop=one_g, strides=[1, *self.stride, 1], padding="VALID",
                 dilations=[1, *self.dilation, 1],
             )  # fmt: skip
             pieces.append(tf.reshape(found, [*self.kernel, c, b, p]))

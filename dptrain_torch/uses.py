@@ -52,10 +52,15 @@ TILE = 1 << 21
 TURN = 1 << 19
 # Numbers of a convolution's input that are laid out for one matrix product.
 WINDOW = 1 << 19
-# Positions from which per-sample gradients of convolutions are left to the framework's kernel.
+# Positions from which per-sample gradients of convolutions without groups are left to the framework's kernel.
 GROUP_POSITIONS = 256
+# Taps of a kernel of channel groups up to which channels that are innermost stay so: 32 images of 4x4x160, 7x7, 26 ms, 6 otherwise.
+INNER_TAPS = 9
 # Channels below which they are put innermost for it: 32 images of 56x56x3 to 32 channels, 7x7, 9 ms, 111 otherwise.
 FEW_CHANNELS = 16
+# Channels below which cotangents that have them outermost would have to be turned round first: 64 images of 32x32x3 to 64, 3x3, 14 ms, 6 by
+# positions.
+TOO_FEW_CHANNELS = 8
 # Channels times taps up to which one product over positions takes in all taps.
 TAP_WIDTH = 192
 
@@ -64,6 +69,11 @@ def turns(x: Tensor) -> Iterator[slice]:
     """Slices of the examples of ``[B, ...]``, as many at a time as stay in the cache of a CPU; all of them on another device."""
     size = max(1, TURN // max(1, x[0].numel())) if x.device.type == "cpu" else len(x)
     return (slice(start, start + size) for start in range(0, len(x), size))
+
+
+def innermost(x: Tensor) -> bool:
+    """Whether channels lie innermost in memory, and nowhere else."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def square_sum(gradient: Tensor) -> Tensor:
@@ -361,12 +371,19 @@ class ConvUse(Use):
         """Whether ``by_groups`` is the faster way: a native kernel of the CPU, with enough positions to outweigh its setting up.
 
         Milliseconds for 64 examples on two cores with AVX-512, arrays with channels innermost, by groups; by positions; the native sum:
-        32x32x64 -> 64 27, 35, 25; 16x16x128 -> 128 33, 41, 23; 32x32x16 -> 16 4, 8, 1.5; 32x32x3 -> 64 3, 6, 2; but
-        8x8x256 -> 256 55, 45, 23, strides of 2 26, 20, 14, and kernels of size 1 14, 5, 5.
+        32x32x64 -> 64 27, 35, 25; 16x16x128 -> 128 33, 41, 23; 32x32x16 -> 16 4, 8, 1.5; 32x32x3 -> 64 3, 6, 2; but 8x8x256 -> 256 55,
+        45, 23, strides of 2 26, 20, 14, and kernels of size 1 14, 5, 5. Where channels are in groups, whose products are small, it always
+        is: depthwise 16x16x128 2.5, 11 with strides of 2 (native 0.8), 8x8x256 1.7, 21 (0.6), 4x4x512 1.1, 11 (0.4); 32 groups of 8x8x256
+        5, 16 (1.5); 7x7 depthwise 8x8x80, 32 examples, 3.3, 7.0 (3.2).
         """
         native = self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        enough = len(self.kernel) == 2 and self.g.shape[2:].numel() >= GROUP_POSITIONS
-        return native and enough and max(self.stride) == 1 and max(self.kernel) > 1
+        if not native or len(self.kernel) != 2 or max(self.kernel) == 1:
+            return False
+        positions = self.g.shape[2:].numel()
+        if self.groups > 1:
+            return positions > 4 and all(k >= r for k, r in zip(self.kernel, self.stride, strict=True))
+        tiny = self.shape[1] < TOO_FEW_CHANNELS and not innermost(self.g)
+        return positions >= GROUP_POSITIONS and max(self.stride) == 1 and not tiny
 
     def by_groups(self) -> Iterator[Tensor]:
         """By the framework's weight gradient, with each of a few examples a channel group of one example."""
@@ -374,16 +391,20 @@ class ConvUse(Use):
         (p, c), k = self.shape[:2], self.groups
         each = x[0].numel() + g[0].numel() + math.prod(self.shape)
         size = max(1, WINDOW * torch.get_num_threads() // each)
-        inner = (k == 1 and c < FEW_CHANNELS) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+        if k == 1:
+            inner = innermost(x) or (c < FEW_CHANNELS and innermost(g))
+        else:
+            inner = innermost(x) and math.prod(self.kernel) <= INNER_TAPS
         for start in range(0, len(x), size):
             rows = [t[start : start + size] for t in (x, g)]
             b = len(rows[0])
             if inner:  # copies want channels to stay innermost, and so do kernels where they are few
-                one_x, one_g = (t.permute(2, 3, 0, 1).reshape(1, *t.shape[2:], -1).permute(0, 3, 1, 2) for t in rows)
+                # Contiguous: where the axes happen to fit, ``reshape`` would only look at them in another order.
+                one_x, one_g = (t.permute(2, 3, 0, 1).reshape(1, *t.shape[2:], -1).contiguous().permute(0, 3, 1, 2) for t in rows)
             else:
                 one_x, one_g = (t.reshape(1, -1, *t.shape[2:]) for t in rows)
             weight = x.new_empty(()).expand(b * p, c, *self.kernel)  # only its shape is read
-            args = (weight, None, [1, 1], padding, list(self.dilation), False, [0, 0], b * k, [False, True, False])
+            args = (weight, None, list(self.stride), padding, list(self.dilation), False, [0, 0], b * k, [False, True, False])
             found = torch.ops.aten.convolution_backward(one_g, one_x, *args)[1]
             yield found.view(b, p, c, *self.kernel)
 

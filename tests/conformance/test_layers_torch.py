@@ -546,6 +546,10 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "depthwise": {"groups": 4, "out": 8},
     "reflected": {"mode": "reflect"},
     "wide kernel": {"kernel": (1, 5), "pads": ((0, 0), (2, 2))},
+    "strided": {"stride": (2, 1)},
+    "strided groups": {"groups": 2, "stride": (2, 2), "size": (9, 6)},
+    "strided depthwise": {"groups": 4, "stride": (2, 3), "size": (8, 9), "out": 4, "pads": ((1, 2), (0, 1))},
+    "surplus rows": {"groups": 4, "stride": (3, 3), "size": (9, 8), "out": 4, "pads": ((0, 0), (1, 0))},
 }
 
 
@@ -553,13 +557,14 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("window", [1, 700, 1 << 19])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_by_groups_of_examples(name: str, window: int, inner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = {"kernel": (3, 3), "dilation": (1, 1), "groups": 1, "pads": ((1, 1), (1, 1)), "mode": "constant", "out": 6} | CONVOLUTIONS[name]
-    x = normal(7, 4, 6, 5)
-    reach = [s + sum(p) - d * (k - 1) for s, p, d, k in zip((6, 5), kind["pads"], kind["dilation"], kind["kernel"], strict=True)]
+    plain = {"kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1, "pads": ((1, 1), (1, 1)), "size": (6, 5)}
+    kind = plain | {"mode": "constant", "out": 6} | CONVOLUTIONS[name]
+    x, axes = normal(7, 4, *kind["size"]), ("size", "pads", "dilation", "kernel", "stride")
+    reach = [1 + (s + sum(p) - d * (k - 1) - 1) // r for s, p, d, k, r in zip(*(kind[axis] for axis in axes), strict=True)]
     g = normal(7, kind["out"], *reach, seed=1)
     if inner:
         x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
-    use = uses.ConvUse(x, g, kind["kernel"], (1, 1), kind["dilation"], kind["groups"], kind["pads"], kind["mode"])
+    use = uses.ConvUse(x, g, kind["kernel"], kind["stride"], kind["dilation"], kind["groups"], kind["pads"], kind["mode"])
     expected = torch.cat(list(use.by_positions()))
     monkeypatch.setattr(uses, "WINDOW", window)
     torch.testing.assert_close(torch.cat(list(use.by_groups())), expected)
@@ -574,10 +579,25 @@ def test_convolutions_by_groups_of_examples(name: str, window: int, inner: bool,
 
 
 def test_convolutions_by_groups_in_float32() -> None:
-    x, g = normal(9, 5, 17, 16).float(), normal(9, 3, 17, 16, seed=1).float()
+    x, g = normal(9, 8, 17, 16).float(), normal(9, 3, 17, 16, seed=1).float()
     use = uses.ConvUse(x, g, (3, 3), (1, 1), (1, 1), 1, ((1, 1), (1, 1)))
     wide = uses.ConvUse(x.double(), g.double(), (3, 3), (1, 1), (1, 1), 1, ((1, 1), (1, 1)))
     assert use.suits_groups() and not wide.suits_groups()
+    torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["channels outermost", "channels innermost"])
+@pytest.mark.parametrize(("groups", "out"), [(8, 8), (8, 16), (2, 6)])
+@pytest.mark.parametrize(("size", "kernel", "stride"), [(7, 3, 1), (8, 3, 2), (9, 5, 3), (7, 7, 1), (5, 2, 2)])
+def test_grouped_convolutions_in_float32(size: int, kernel: int, stride: int, groups: int, out: int, inner: bool) -> None:
+    low, high = (kernel - 1) // 2, kernel // 2
+    count = 1 + (size + low + high - kernel) // stride
+    x, g = normal(9, 8, size, size).float(), normal(9, out, count, count, seed=1).float()
+    if inner:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    settings = ((kernel, kernel), (stride, stride), (1, 1), groups, ((low, high), (low, high)))
+    use, wide = uses.ConvUse(x, g, *settings), uses.ConvUse(x.double(), g.double(), *settings)
+    assert use.suits_groups() == (count > 2) and not wide.suits_groups()
     torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
 
 

@@ -473,6 +473,10 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "dilated": {"dilation": (2, 1), "pads": ((2, 2), (1, 1))},
     "grouped": {"groups": 2},
     "wide kernel": {"kernel": (1, 5), "pads": ((0, 0), (2, 2))},
+    "strided groups": {"groups": 2, "stride": (2, 2), "size": (9, 8)},
+    "depthwise": {"groups": 4, "out": 8},
+    "strided depthwise": {"groups": 4, "out": 4, "stride": (2, 2), "size": (8, 9), "pads": ((0, 1), (2, 1))},
+    "surplus rows": {"groups": 4, "out": 4, "stride": (3, 3), "size": (10, 11), "pads": ((0, 0), (1, 0))},
 }
 
 
@@ -480,18 +484,19 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("numbers", [1, 900, 1 << 20])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_by_groups_of_examples(name: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = {"kernel": (3, 3), "dilation": (1, 1), "groups": 1, "pads": ((1, 1), (1, 1))} | CONVOLUTIONS[name]
-    rng = np.random.default_rng(0)
-    reach = [s + sum(p) - d * (k - 1) for s, p, d, k in zip((6, 5), kind["pads"], kind["dilation"], kind["kernel"], strict=True)]
-    x, g = rng.normal(size=(7, 6, 5, 4)), rng.normal(size=(7, *reach, 6))
-    shape = (*kind["kernel"], 4 // kind["groups"], 6)
+    plain = {"kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1, "pads": ((1, 1), (1, 1)), "size": (6, 5), "out": 6}
+    kind = plain | CONVOLUTIONS[name]
+    rng, axes = np.random.default_rng(0), ("size", "pads", "dilation", "kernel", "stride")
+    reach = [1 + (s + sum(p) - d * (k - 1) - 1) // r for s, p, d, k, r in zip(*(kind[axis] for axis in axes), strict=True)]
+    x, g = rng.normal(size=(7, *kind["size"], 4)), rng.normal(size=(7, *reach, kind["out"]))
+    shape = (*kind["kernel"], *((4, kind["out"] // 4) if kind["groups"] == 4 else (4 // kind["groups"], kind["out"])))
 
     def use(kind_of: Any) -> uses.ConvUse:
         arrays = (tf.constant(x, kind_of), tf.constant(g, kind_of))
-        return uses.ConvUse(*arrays, kind["kernel"], (1, 1), kind["dilation"], kind["groups"], kind["pads"], shape)
+        return uses.ConvUse(*arrays, kind["kernel"], kind["stride"], kind["dilation"], kind["groups"], kind["pads"], shape)
 
     expected = use(tf.float64).contract(tf.constant(g), "b").numpy()
-    assert not use(tf.float64).suits_groups() and not use(tf.float32).suits_groups()  # too few positions
+    assert not use(tf.float64).suits_groups() and use(tf.float32).suits_groups() == (kind["groups"] > 1)  # too few positions
     monkeypatch.setattr(uses, "GROUP_POSITIONS", 1)
     monkeypatch.setattr(uses, "GROUP_NUMBERS", numbers)
     assert use(tf.float32).suits_groups() and not use(tf.float64).suits_groups()
@@ -507,6 +512,27 @@ def test_convolutions_by_groups_of_examples(name: str, numbers: int, monkeypatch
         found = kept.keep(tf.constant(flags)).weighted_sum(tf.constant(w))
         assert np.allclose(found, np.tensordot(w * flags, expected, 1), rtol=1e-4, atol=1e-4)
     assert np.allclose(kept.fold(7).instantiate(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "pads"),
+    [
+        ((7, 6), (3, 3), (2, 2), ((1, 1), (0, 1))),
+        ((11, 9), (5, 2), (2, 3), ((2, 2), (1, 0))),
+        ((10, 8), (3, 3), (3, 3), ((0, 0), (0, 0))),
+        ((9,), (3,), (2,), ((1, 1),)),
+        ((5, 6, 5), (2, 3, 2), (2, 2, 1), ((0, 1), (1, 1), (0, 0))),
+    ],
+)
+def test_strided_taps_are_those_of_plain_slices(size: Any, kernel: Any, stride: Any, pads: Any, groups: int) -> None:
+    rng = np.random.default_rng(0)
+    reach = [1 + (s + sum(p) - k) // r for s, p, k, r in zip(size, pads, kernel, stride, strict=True)]
+    x, g = tf.constant(rng.normal(size=(3, *size, 4))), tf.constant(rng.normal(size=(3, *reach, 8)))
+    use = uses.ConvUse(x, g, kernel, stride, (1,) * len(size), groups, pads, (*kernel, 4 // groups, 8))
+    padded = use.padded()
+    for view, where in zip(use.views(padded), use.offsets(), strict=True):
+        assert np.array_equal(view, padded[(slice(None), *where)])
 
 
 @pytest.mark.parametrize("way", [{}, {"lean": True}, {"two_pass": True}], ids=["book_keeping", "lean", "two_pass"])
