@@ -93,8 +93,8 @@ UNFOLD, FEW_CHANNELS = 8, 16
 # Numbers that the temporaries of a norm should hold at once; more examples are taken in turns, which also keeps them in cache, but in no
 # more turns than that, for the size of the graph.
 TILE, TURNS = 1 << 21, 8
-# Positions from which per-sample gradients of convolutions are left to the framework's kernel, numbers it works on at once, calls,
-# and the most taps of a kernel of channel groups.
+# Positions from which per-sample gradients of images without channel groups are left to the framework's kernel,
+# numbers it works on at once, calls, and the most taps of a kernel of channel groups.
 GROUP_POSITIONS, GROUP_NUMBERS, GROUP_CALLS, GROUP_TAPS = 256, 1 << 20, 32, 9
 
 
@@ -422,19 +422,23 @@ class ConvUse(Use):
         is for kernels up to 3x3: depthwise 32x32x64 with strides of 2 7, 14 (native 1), 16x16x128 5, 14 (3), 4x4x512 2.3, 4.5 (0.5); 32
         groups of 16x16x128 7, 91; 128 of 4x4x512 8, 17. For larger ones oneDNN has no good kernel: 5x5 depthwise 16x16x128 28, 19.
         """
-        if len(self.kernel) != 2 or max(self.kernel) == 1 or self.x.dtype != tf.float32:
+        if len(self.kernel) > 2 or max(self.kernel) == 1 or self.x.dtype != tf.float32:
             return False
         positions = math.prod(self.g.shape[1:-1])
         if self.groups > 1:
             reaches = len(set(self.stride)) == 1 and min(self.kernel) >= self.stride[0]
-            fits = positions > 4 and math.prod(self.kernel) <= GROUP_TAPS and reaches
+            slices = len(self.kernel) == 1 and self.groups == self.x.shape[-1]  # depthwise over sequences: slices are as good
+            fits = positions > 4 and math.prod(self.kernel) <= GROUP_TAPS and reaches and not slices
         else:
-            fits = positions >= GROUP_POSITIONS and max(self.stride) == 1
+            fits = len(self.kernel) == 2 and positions >= GROUP_POSITIONS and max(self.stride) == 1
         return fits and _GROUPS.get() and groups_work()
 
     def by_groups(self) -> tuple[Tensor, PartsUse]:
         """By the framework's weight gradient, with each of a few examples a channel group of one example."""
         x, g = self.padded(), self.g
+        kernel, stride, dilation = self.kernel, self.stride, self.dilation
+        if len(kernel) == 1:  # an image of one row
+            x, g, kernel, stride, dilation = x[:, None], g[:, None], (1, *kernel), stride * 2, (1, *dilation)
         c, p = x.shape[-1] // self.groups, g.shape[-1]  # of a depthwise kernel [*kernel, C, m] too, whose outputs have the same order
         each = math.prod(x.shape[1:]) + math.prod(g.shape[1:]) + math.prod(self.shape)
         pieces: list[Any] = []
@@ -444,10 +448,10 @@ class ConvUse(Use):
             with tf.control_dependencies(squares[-1:]):  # a norm is taken while its gradients are in the cache
                 one_x, one_g = (tf.reshape(tf.transpose(t[start:stop], [1, 2, 0, 3]), [1, *t.shape[1:-1], -1]) for t in (x, g))
             found = tf.raw_ops.Conv2DBackpropFilter(
-                input=one_x, filter_sizes=[*self.kernel, c, b * p], out_backprop=one_g, strides=[1, *self.stride, 1], padding="VALID",
-                dilations=[1, *self.dilation, 1],
+                input=one_x, filter_sizes=[*kernel, c, b * p], out_backprop=one_g, strides=[1, *stride, 1], padding="VALID",
+                dilations=[1, *dilation, 1],
             )  # fmt: skip
-            pieces.append(tf.reshape(found, [*self.kernel, c, b, p]))
+            pieces.append(tf.reshape(found, [*kernel, c, b, p]))
             squares.append(by_axis(pieces[-1], 3))
         return tf.concat(squares, axis=0), PartsUse(pieces, 3, self.shape)
 

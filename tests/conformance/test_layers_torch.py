@@ -601,6 +601,41 @@ def test_grouped_convolutions_in_float32(size: int, kernel: int, stride: int, gr
     torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["channels outermost", "channels innermost"])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize(("kernel", "pads"), [(3, (1, 1)), (4, (0, 2)), (1, (0, 0))])
+@pytest.mark.parametrize("tile", [1, 1 << 21])
+def test_sequences_by_taps(
+    kernel: int, pads: tuple[int, int], dilation: int, last: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = 11 + sum(pads) - dilation * (kernel - 1)
+    x, g = normal(5, 32, 11), normal(5, 6, length, seed=1)
+    if last:
+        x, g = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, g))
+    use = uses.ConvUse(x, g, (kernel,), (1,), (dilation,), 1, (pads,))
+    expected = torch.cat(list(use.by_positions()))
+    monkeypatch.setattr(uses, "TILE", tile)
+    square, kept = uses.instantiated(use)
+    assert len(kept.pieces) == (5 if tile == 1 else 1)
+    torch.testing.assert_close(kept.instantiate(), expected)
+    torch.testing.assert_close(square, expected.flatten(1).square().sum(1))
+    w = torch.linspace(0, 1, 5, dtype=x.dtype)
+    torch.testing.assert_close(kept.weighted_sum(w), torch.tensordot(w, expected, 1))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels outermost", "channels innermost"])
+@pytest.mark.parametrize(("groups", "stride", "dilation"), [(1, 1, 1), (4, 1, 2), (8, 2, 1)])
+def test_sequences_by_groups_in_float32(groups: int, stride: int, dilation: int, last: bool) -> None:
+    count = 1 + (80 + 2 - dilation * 2 - 1) // stride
+    x, g = normal(9, 8, 80).float(), normal(9, 16, count, seed=1).float()
+    if last:
+        x, g = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, g))
+    settings = ((3,), (stride,), (dilation,), groups, ((0, 2),))
+    use, wide = uses.ConvUse(x, g, *settings), uses.ConvUse(x.double(), g.double(), *settings)
+    assert use.suits_groups() and not wide.suits_groups()
+    torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("strategy", ["mixed_ghost", "per_sample"])
 @pytest.mark.parametrize("lean", [False, True])
 def test_images_of_many_positions_in_float32(strategy: str, lean: bool) -> None:

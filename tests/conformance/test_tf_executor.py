@@ -514,6 +514,21 @@ def test_convolutions_by_groups_of_examples(name: str, numbers: int, monkeypatch
     assert np.allclose(kept.fold(7).instantiate(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not uses.groups_work(), reason="TensorFlow's kernels here take no channel groups")
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_sequences_by_groups_of_examples(stride: int, dilation: int) -> None:
+    rng, count = np.random.default_rng(0), 1 + (20 + 2 - dilation * 2 - 1) // stride
+    x, g = rng.normal(size=(7, 20, 8)).astype("float32"), rng.normal(size=(7, count, 4)).astype("float32")
+    use = uses.ConvUse(tf.constant(x), tf.constant(g), (3,), (stride,), (dilation,), 2, ((0, 2),), (3, 4, 4))
+    assert use.suits_groups()
+    expected = use.contract(use.g, "b").numpy()
+    square, kept = use.in_parts()
+    assert np.allclose(kept.instantiate(), expected, rtol=1e-4, atol=1e-4)
+    assert np.allclose(square, (expected**2).sum((1, 2, 3)), rtol=1e-5)
+    w = np.linspace(0, 1, 7)
+    assert np.allclose(kept.weighted_sum(tf.constant(w)), np.tensordot(w, expected, 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "pads"),
