@@ -93,6 +93,8 @@ UNFOLD, FEW_CHANNELS = 8, 16
 # Numbers that the temporaries of a norm should hold at once; more examples are taken in turns, which also keeps them in cache, but in no
 # more turns than that, for the size of the graph.
 TILE, TURNS = 1 << 21, 8
+# Positions from which only a half of a Gram matrix is taken.
+HALVED = 256
 # Positions from which per-sample gradients of images without channel groups are left to the framework's kernel,
 # numbers it works on at once, calls, and the most taps of a kernel of channel groups.
 GROUP_POSITIONS, GROUP_NUMBERS, GROUP_CALLS, GROUP_TAPS = 256, 1 << 20, 32, 9
@@ -199,6 +201,18 @@ class PartsUse(Use):
         return DirectUse(self.instantiate()).fold(batch)
 
 
+def gram_blocks(x: Tensor) -> list[tuple[Tensor, int]]:
+    """The Gram matrix over positions of ``[B, T, D]`` in blocks, and how often each counts: 1 on the diagonal, 2 above it.
+
+    From ``HALVED`` positions on, half of the matrix is left out, since it is symmetric; below that, smaller products are slower ones.
+    """
+    if x.shape[1] < HALVED:
+        return [(tf.matmul(x, x, transpose_b=True), 1)]
+    half = x.shape[1] // 2
+    low, high = x[:, :half], x[:, half:]
+    return [*gram_blocks(low), *gram_blocks(high), (tf.matmul(low, high, transpose_b=True), 2)]
+
+
 @dataclass(eq=False)
 class LinearUse(Use):
     """``z = a W``: ``G_i = a_i^T g_i``. For a weight stored as ``[p, D]`` the roles of ``a`` and ``g`` are swapped."""
@@ -229,7 +243,15 @@ class LinearUse(Use):
         if self.a.shape[1] == 1:  # one position: a product of two sums of squares, nothing cancels
             squares = [tf.reduce_sum(tf.square(t), [1, 2]) for t in (self.a, self.g)]
             return squares[0] * squares[1], tf.zeros([self.a.shape[0], 1], self.a.dtype)
-        return gram_square(tf.matmul(self.a, self.a, transpose_b=True), tf.matmul(self.g, self.g, transpose_b=True), 1)
+        total: Any = 0
+        reach: Any = 0
+        for (one, times), (two, _) in zip(gram_blocks(self.a), gram_blocks(self.g), strict=True):
+            if times == 1:
+                own, lengths = gram_square(one, two, 1)
+                total, reach = total + own, reach + lengths
+            else:
+                total = total + times * tf.reduce_sum(one * two, [1, 2])
+        return total, reach
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         a, g, w = self.a, self.g, column(w, self.g)

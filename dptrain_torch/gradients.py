@@ -22,7 +22,18 @@ from dptrain.profiling import phase
 from dptrain_torch.bare import BareCall
 from dptrain_torch.hooks import Call, Tap, Unit, find_units
 from dptrain_torch.lipschitz import LossGradientClip
-from dptrain_torch.uses import DirectUse, Use, ghost_norm, instantiated, instantiated_norm, joined, per_example, square_sum
+from dptrain_torch.uses import (
+    DirectUse,
+    Grams,
+    LinearUse,
+    Use,
+    ghost_norm,
+    instantiated,
+    instantiated_norm,
+    joined,
+    per_example,
+    square_sum,
+)
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -123,11 +134,14 @@ class Accumulator:
         self.waiting: dict[str, list[Use]] = {}
         self.ready: dict[str, list[Use]] = {}
         self.squares: dict[str, Tensor] = {}
+        self.grams = Grams()
 
     def __call__(self, call: Call | BareCall) -> None:
         """Take in one call; a parameter is finished when its last use has arrived."""
         with phase("norms"):
             for name, use in call_uses(call).items():
+                if isinstance(use, LinearUse):
+                    use.grams = self.grams
                 uses = self.waiting.setdefault(name, [])
                 uses.append(use)
                 if len(uses) == self.expected[name]:

@@ -48,6 +48,8 @@ def split_rows(x: Tensor, batch: int) -> Tensor:
 
 # Numbers that the temporaries of a norm may hold at once; more examples are taken in turns, which also keeps them in cache.
 TILE = 1 << 21
+# Positions from which only a half of a Gram matrix is taken.
+HALVED = 256
 # Numbers of one array that elementwise passes of a norm take at once on a CPU.
 TURN = 1 << 19
 # Numbers of a convolution's input that are laid out for one matrix product.
@@ -203,12 +205,56 @@ class PartsUse(Use):
         return DirectUse(self.instantiate()).fold(batch)
 
 
+Blocks = list[tuple[Tensor, int]]
+
+
+def gram_blocks(x: Tensor) -> Blocks:
+    """The Gram matrix over positions of ``[B, T, D]`` in blocks, and how often each counts: 1 on the diagonal, 2 above it.
+
+    From ``HALVED`` positions on, half of the matrix is left out, since it is symmetric; below that, smaller products are slower ones: T =
+    512, D = 1,280, 8 examples, 23 ms and 29 whole, T = 128 8.1 and 8.4, T = 64 4.3 and 3.9.
+    """
+    if x.shape[1] < HALVED:
+        return [(torch.bmm(x, x.transpose(1, 2)), 1)]
+    half = x.shape[1] // 2
+    low, high = x[:, :half], x[:, half:]
+    return [*gram_blocks(low), *gram_blocks(high), (torch.bmm(low, high.transpose(1, 2)), 2)]
+
+
+class Grams:
+    """Gram matrices of the last input, for layers that read the same one: query, key and value.
+
+    An input is told by its memory, which it holds on to.
+    """
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self.version = 0  # of the memory, when its matrices were made
+        self.found: dict[tuple[Any, ...], Blocks] = {}
+        self.numbers = 0
+
+    def of(self, a: Tensor) -> Blocks:
+        """``gram_blocks`` of an input, or of some of its examples."""
+        last = self.last
+        if last is None or last.untyped_storage().data_ptr() != a.untyped_storage().data_ptr() or self.version != a._version:
+            self.last, self.version, self.found, self.numbers = a, a._version, {}, 0
+        key = (a.storage_offset(), a.shape, a.stride(), a.dtype)
+        if key in self.found:
+            return self.found[key]
+        blocks = gram_blocks(a)
+        self.numbers += sum(block.numel() for block, _ in blocks)
+        if self.numbers <= TILE:
+            self.found[key] = blocks
+        return blocks
+
+
 @dataclass
 class LinearUse(Use):
     """``z = a W^T``: ``G_i = g_i^T a_i``."""
 
     a: Tensor  # [B, T, D]
     g: Tensor  # [B, T, p]
+    grams: Grams | None = None
     ghost = True
 
     @property
@@ -237,7 +283,16 @@ class LinearUse(Use):
     def square(self) -> tuple[Tensor, Tensor]:
         if self.a.shape[1] == 1:  # one position: a product of two sums of squares, nothing cancels
             return self.a.square().sum((1, 2)) * self.g.square().sum((1, 2)), self.a.new_zeros(self.a.shape[0], 1)
-        return gram_square(torch.bmm(self.a, self.a.transpose(1, 2)), torch.bmm(self.g, self.g.transpose(1, 2)), 1)
+        total: Any = 0
+        reach: Any = 0
+        inputs = gram_blocks(self.a) if self.grams is None else self.grams.of(self.a)
+        for (one, times), (two, _) in zip(inputs, gram_blocks(self.g), strict=True):
+            if times == 1:
+                own, lengths = gram_square(one, two, 1)
+                total, reach = total + own, reach + lengths
+            else:
+                total = total + times * (one * two).flatten(1).sum(1)
+        return total, reach
 
     def weighted_sum(self, w: Tensor) -> Tensor:
         a, g, w = self.a, self.g, w.view(-1, 1, 1)
@@ -249,7 +304,7 @@ class LinearUse(Use):
         return len(self.a)
 
     def cut(self, start: int, stop: int) -> Use:
-        return LinearUse(self.a[start:stop], self.g[start:stop])
+        return LinearUse(self.a[start:stop], self.g[start:stop], self.grams)
 
     def temporaries(self) -> int:
         return 3 * self.a.shape[1] ** 2
@@ -258,7 +313,8 @@ class LinearUse(Use):
         return LinearUse(per_example(finite, self.a), per_example(finite, self.g))
 
     def fold(self, batch: int) -> Use:
-        return LinearUse(*(t.reshape(batch, -1, t.shape[2]) for t in (self.a, self.g)))
+        a, g = (t.reshape(batch, -1, t.shape[2]) for t in (self.a, self.g))
+        return LinearUse(a, g)
 
 
 @dataclass

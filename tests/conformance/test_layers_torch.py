@@ -538,6 +538,34 @@ def test_norms_that_are_taken_in_turns_are_those_of_all_at_once(use: Any, tile: 
     assert tile > 1 or lengths == [1] * 7
 
 
+@pytest.mark.parametrize("length", [8, 9, 19])
+def test_half_of_a_gram_matrix_is_the_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use = uses.LinearUse(normal(5, length, 4), normal(5, length, 6, seed=1))
+    whole = use.square()
+    monkeypatch.setattr(uses, "HALVED", 4)
+    assert len(uses.gram_blocks(use.a)) > 3
+    for found, expected in zip(use.square(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(whole[0], use.instantiate().flatten(1).square().sum(1))
+
+
+def test_gram_matrices_are_kept_for_layers_that_read_the_same_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, other, grams = normal(5, 7, 4), normal(5, 7, 4, seed=1), uses.Grams()
+    made: list[int] = []
+    original = uses.gram_blocks
+    monkeypatch.setattr(uses, "gram_blocks", lambda x: made.append(len(x)) or original(x))
+    for x, times in ((a, 1), (a.view(5, 7, 4), 1), (a[:2], 2), (a[:2], 2), (other, 3), (a, 4)):
+        torch.testing.assert_close(grams.of(x)[0][0], torch.bmm(x, x.transpose(1, 2)))
+        assert len(made) == times
+    a.mul_(2)
+    torch.testing.assert_close(grams.of(a)[0][0], torch.bmm(a, a.transpose(1, 2)))
+    torch.testing.assert_close(grams.of(a.transpose(1, 2))[0][0], torch.bmm(a.transpose(1, 2), a))  # the same memory, read otherwise
+    monkeypatch.setattr(uses, "TILE", 1)
+    for _ in range(2):
+        grams.of(other)
+    assert len(made) == 8  # too large to be kept
+
+
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "uneven padding": {"pads": ((0, 2), (1, 0))},

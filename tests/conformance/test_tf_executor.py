@@ -467,6 +467,18 @@ def test_norms_that_are_taken_in_turns_are_those_of_all_at_once(name: str, tile:
     assert tile > 1 or lengths == 2 * [1] * 7 + 2 * [3, 3, 1]
 
 
+@pytest.mark.parametrize("length", [8, 19])
+def test_half_of_a_gram_matrix_is_the_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    use = uses.LinearUse(tf.constant(rng.normal(size=(5, length, 4))), tf.constant(rng.normal(size=(5, length, 6))), (4, 6))
+    whole = use.square()
+    monkeypatch.setattr(uses, "HALVED", 4)
+    assert len(uses.gram_blocks(use.a)) > 3
+    for found, expected in zip(use.square(), whole, strict=True):
+        assert np.allclose(found, expected, rtol=1e-12)
+    assert np.allclose(whole[0], tf.reduce_sum(tf.square(use.instantiate()), axis=(1, 2)))
+
+
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "uneven padding": {"pads": ((0, 2), (1, 0))},
