@@ -46,6 +46,8 @@ class Standard:
         strategies: ours.
         peers: others that can run the model, by framework.
         prefer_memory: whether the setting that gives up speed is measured too.
+        model: a preset or a function of ``benchmarks.networks`` in place of the config's model.
+        batch: physical batch in place of the config's.
     """
 
     config: str
@@ -54,6 +56,13 @@ class Standard:
     strategies: tuple[str, ...] = ("mixed_ghost", "per_sample")
     peers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"torch": TORCH_PEERS})
     prefer_memory: bool = True
+    model: str = ""
+    batch: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the case is called on the command line."""
+        return self.model.rpartition(":")[2] or self.config
 
 
 STANDARD = (
@@ -62,6 +71,20 @@ STANDARD = (
     Standard("transformer", "128", 2),
     Standard("bert", "128", 2, ("mixed_ghost",)),
     Standard("clipless", "32x32x3", 10, ("clipless",), peers={"tensorflow": LIPDP}, prefer_memory=False),
+)
+HOOKS = {"torch": ("opacus:hooks",)}
+OTHERS = tuple(
+    Standard(
+        config, shape, classes, ("mixed_ghost",), HOOKS, False, model if model == "vit_tiny" else f"benchmarks.networks:{model}", batch
+    )
+    for model, config, shape, classes, batch in (
+        ("vit_tiny", "vgg", "32x32x3", 10, 64),
+        ("mobilenet", "vgg", "32x32x3", 10, 64),
+        ("wide_resnet", "vgg", "32x32x3", 10, 64),
+        ("text_cnn", "transformer", "128", 2, 64),
+        ("lstm", "transformer", "64", 2, 64),
+        ("gru", "transformer", "64", 2, 64),
+    )
 )
 LARGEST = Standard("vgg19", "32x32x3", 10, ("mixed_ghost", "per_sample"))
 
@@ -75,6 +98,7 @@ def measure(case: Standard, backend: str, peers: bool, out: Path, settings: Sett
     """One case in one framework: ours, the plainest loop, and peers."""
     others = [PLAIN[backend], *(case.peers.get(backend, ()) if peers else ())]
     return compare(HERE / f"{case.config}.yaml", [backend], [*case.strategies, *qualified(others)], input=case.input,
+                   models=[case.model] if case.model else [], batches=[case.batch] if case.batch else [],
                    num_classes=case.num_classes, settings=settings, out=out, progress=show_measurement)  # fmt: skip
 
 
@@ -99,7 +123,7 @@ def largest(backend: str, peers: bool, out: Path, settings: Settings) -> Compari
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=[*(case.config for case in STANDARD), "vgg19"])
+    parser.add_argument("--cases", nargs="+", default=[*(case.name for case in (*STANDARD, *OTHERS)), "vgg19"])
     parser.add_argument("--backends", nargs="+", default=["torch", "tensorflow"], choices=list(PLAIN))
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--pairs", type=int, default=9)
@@ -110,14 +134,14 @@ def main() -> None:
     args = parser.parse_args()
     settings = Settings(pairs=args.pairs, threads=args.threads, limit_gib=args.limit_gib)
     sections = []
-    for case in STANDARD:
-        for backend in args.backends if case.config in args.cases else ():
-            out = args.out / f"{case.config}-{backend}"
+    for case in (*STANDARD, *OTHERS):
+        for backend in args.backends if case.name in args.cases else ():
+            out = args.out / f"{case.name}-{backend}"
             found = measure(case, backend, not args.no_peers, out, settings)
             if case.prefer_memory:
                 found = Comparison([*found.rows, *small(case, backend, out, settings).rows])
             found.save(out)
-            sections.append(f"## {case.config}, {backend}\n\n{found.markdown()}")
+            sections.append(f"## {case.name}, {backend}\n\n{found.markdown()}")
     for backend in args.backends if "vgg19" in args.cases else ():
         found = largest(backend, not args.no_peers, args.out / f"vgg19-{backend}", settings)
         sections.append(f"## Largest batch in {args.limit_gib:g} GiB, vgg19, {backend}\n\n{found.markdown()}")

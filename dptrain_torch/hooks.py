@@ -91,6 +91,7 @@ class Call:
     constant: bool = False  # called without any tensor that depends on the examples
     shape: tuple[int, ...] | None = None  # of the output, where its one row was expanded to the batch
     cotangents: list[Tensor | None] = field(default_factory=list)
+    result: tuple[Tensor, int] | None = None  # the first output of a recurrent unit, and its version
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +101,7 @@ class Call:
     def uses(self) -> dict[str, Use]:
         """Parameter name -> use."""
         unit = self.unit
-        again = recurrent_uses(unit.module, self.args, self.kwargs, self.cotangents) if unit.recurrent and not unit.shared else None
+        again = self.recurrent_uses() if unit.recurrent and not unit.shared else None
         if again is not None:
             by_role = again
         elif unit.rule is None:
@@ -119,6 +120,12 @@ class Call:
         if rows != self.batch:
             by_role = {role: use.fold(self.batch) for role, use in by_role.items()}
         return {name: by_role[role] for role, name in unit.params.items()}
+
+    def recurrent_uses(self) -> dict[str, Use] | None:
+        """The uses of a recurrent unit, from what it put out where nothing has been written over that since."""
+        result, version = self.result or (None, 0)
+        states = result if result is not None and result._version == version else None
+        return recurrent_uses(self.unit.module, self.args, self.kwargs, self.cotangents, states)
 
     @property
     def input(self) -> Tensor:
@@ -338,6 +345,8 @@ class Tap:
             if unit.bias_only:
                 args, kwargs, versions = tree_map(hollow, args), tree_map(hollow, kwargs), []
             call = Call(unit, args, kwargs, outputs, versions, self.batch, constant, shape)
+            if unit.recurrent:  # its states are what it put out
+                call.result = (outputs[0].detach(), outputs[0]._version)
             self.calls.append(call)
             self._watch(call, fed)
             if len(self.calls) > self.first:

@@ -169,13 +169,16 @@ def weights_of(module: nn.Module, suffix: str) -> dict[str, Tensor]:
 Cotangents = Sequence[Tensor | None]
 
 
-def recurrent_uses(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cotangents: Cotangents) -> dict[str, Use] | None:
+def recurrent_uses(
+    module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cotangents: Cotangents, result: Tensor | None = None
+) -> dict[str, Use] | None:
     """The uses of every parameter of a recurrent module.
 
     Args:
         module: one for which ``is_recurrent`` holds.
         args, kwargs: what it was called with.
         cotangents: of the tensors that it returned, in order; None where the loss does not depend on one.
+        result: the first of those tensors; None where it is not known any more.
     Returns:
         Relative name -> use; None for inputs that have no batch axis, or are packed.
     """
@@ -188,9 +191,11 @@ def recurrent_uses(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], 
     x = wide(x.detach())
     if single:
         return cell_uses(module, x, states_of(module, x, hx, (len(x),)), given)
-    x = x.transpose(0, 1) if module.batch_first else x
+    known = None if result is None else wide(result)
+    if module.batch_first:
+        x, known = x.transpose(0, 1), None if known is None else known.transpose(0, 1)
     count = module.num_layers * (2 if module.bidirectional else 1)
-    return layers_uses(module, x, states_of(module, x, hx, (count, x.shape[1])), given)
+    return layers_uses(module, x, states_of(module, x, hx, (count, x.shape[1])), given, known)
 
 
 def states_of(module: Any, x: Tensor, hx: Any, shape: tuple[int, ...]) -> list[Tensor]:
@@ -208,17 +213,19 @@ def cell_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents) -
     return named(run, CELLS[cell_of(module)](run, Given(torch.zeros_like(run.before), *last)), "")
 
 
-def layers_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents) -> dict[str, Use]:
-    """Every layer forward once more, then every layer backward."""
+def layers_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents, known: Tensor | None) -> dict[str, Use]:
+    """Every layer forward once more, but for the last, whose states are known; then every layer backward."""
     name, sides = cell_of(module), 2 if module.bidirectional else 1
     runs: list[Pass] = []
     for layer in range(module.num_layers):
         outs = []
         for side in range(sides):
-            own = [s[layer * sides + side] for s in states]
-            run, out = forward(name, x.flip(0) if side else x, own, weights_of(module, suffix_of(layer, side)))
+            own, weights = [s[layer * sides + side] for s in states], weights_of(module, suffix_of(layer, side))
+            out = known.chunk(sides, 2)[side] if known is not None and layer == module.num_layers - 1 else None
+            out = out.flip(0) if out is not None and side else out
+            run, after = forward(name, x.flip(0) if side else x, own, weights, out)
             runs.append(run)
-            outs.append(out.flip(0) if side else out)
+            outs.append(after.flip(0) if side else after)
         x = torch.cat(outs, 2) if sides > 1 else outs[0]
     top, *last = given
     d = torch.zeros_like(x) if top is None else top.transpose(0, 1) if module.batch_first else top
@@ -242,11 +249,11 @@ def suffix_of(layer: int, side: int) -> str:
     return f"_l{layer}" + ("_reverse" if side else "")
 
 
-def forward(name: str, x: Tensor, states: list[Tensor], weights: dict[str, Tensor]) -> tuple[Pass, Tensor]:
-    """One direction of one layer again, by torch's own kernel: what its maps received, and its states ``[T, B, P]``."""
+def forward(name: str, x: Tensor, states: list[Tensor], weights: dict[str, Tensor], out: Tensor | None) -> tuple[Pass, Tensor]:
+    """One direction of one layer: what its maps received, and its states ``[T, B, P]``, by torch's own kernel where they are not known."""
     first = [s.unsqueeze(0) for s in states]
     settings = ("bias_ih" in weights, 1, 0.0, False, False, False)  # one layer, no dropout, one direction, time first
-    with torch.no_grad():
+    if out is None:
         out = getattr(torch, name)(x, first if name == "lstm" else first[0], list(weights.values()), *settings)[0]
     return Pass(x, [torch.cat([first[0], out[:-1]]), *states[1:]], weights), out
 

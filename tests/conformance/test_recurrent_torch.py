@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import bounded_sum
-from dptrain_torch.hooks import find_units
+from dptrain_torch.hooks import Call, Tap, find_units
 from dptrain_torch.recurrent import is_recurrent, recurrent_uses
 from dptrain_torch.rules import generic_uses
 
@@ -32,10 +32,11 @@ def assert_same(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     for chosen in product((False, True), repeat=len(outputs)):
         if any(chosen):
             cotangents = [normal(*z.shape, seed=i) if keep else None for i, (z, keep) in enumerate(zip(outputs, chosen, strict=True))]
-            ours = recurrent_uses(module, args, kwargs, cotangents)
             theirs = generic_uses(module, names, args, kwargs, cotangents)
-            assert ours is not None
-            for name in names:
+            for ours, name in product(
+                (recurrent_uses(module, args, kwargs, cotangents, known) for known in (None, outputs[0].detach())), names
+            ):
+                assert ours is not None
                 torch.testing.assert_close(ours[name].instantiate(), theirs[name].instantiate(), atol=1e-12, rtol=1e-12)
 
 
@@ -70,6 +71,21 @@ def test_cells(cell: Any, bias: bool, states: bool) -> None:
     module, h = cell(D, H, bias=bias).double(), normal(B, H, seed=1)
     args = (normal(B, D), (h, normal(B, H, seed=2)) if cell is nn.LSTMCell else h)
     assert_same(module, args if states else args[:1], {})
+
+
+def test_states_that_were_written_over_are_computed_again() -> None:
+    module, x = nn.GRU(D, H).double(), normal(T, B, D)
+    (unit,) = find_units(module)
+    with torch.enable_grad(), Tap([unit], B) as tap:
+        out = module(x)[0]
+    (call,) = tap.calls
+    assert isinstance(call, Call)
+    call.cotangents = [normal(T, B, H), None]
+    expected = {name: use.instantiate() for name, use in call.uses().items()}
+    with torch.no_grad():
+        out.mul_(3)
+    for name, use in call.uses().items():
+        torch.testing.assert_close(use.instantiate(), expected[name])
 
 
 class Own(nn.LSTM):
