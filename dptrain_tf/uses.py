@@ -353,7 +353,11 @@ class ConvUse(Use):
 
         Rows that no window reaches are cut off.
         """
-        x = tf.pad(self.x, [(0, 0), *self.pads, (0, 0)]) if any(map(any, self.pads)) else self.x
+        return self.pad(self.x)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``padded`` of some of the examples."""
+        x = tf.pad(x, [(0, 0), *self.pads, (0, 0)]) if any(map(any, self.pads)) else x
         reach = covered(self.g.shape[1:-1], self.kernel, self.stride, self.dilation)
         return x if tuple(x.shape[1:-1]) == reach else x[(slice(None), *(slice(n) for n in reach))]
 
@@ -457,10 +461,10 @@ class ConvUse(Use):
 
     def by_groups(self) -> tuple[Tensor, PartsUse]:
         """By the framework's weight gradient, with each of a few examples a channel group of one example."""
-        x, g = self.padded(), self.g
-        kernel, stride, dilation = self.kernel, self.stride, self.dilation
-        if len(kernel) == 1:  # an image of one row
-            x, g, kernel, stride, dilation = x[:, None], g[:, None], (1, *kernel), stride * 2, (1, *dilation)
+        x, g = self.x, self.g
+        kernel, stride, dilation, row = self.kernel, self.stride, self.dilation, len(self.kernel) == 1
+        if row:  # an image of one row
+            kernel, stride, dilation = (1, *kernel), stride * 2, (1, *dilation)
         c, p = x.shape[-1] // self.groups, g.shape[-1]  # of a depthwise kernel [*kernel, C, m] too, whose outputs have the same order
         each = math.prod(x.shape[1:]) + math.prod(g.shape[1:]) + math.prod(self.shape)
         pieces: list[Any] = []
@@ -468,7 +472,8 @@ class ConvUse(Use):
         for start, stop in spans(x.shape[0], max(1, GROUP_NUMBERS // each, -(-x.shape[0] // GROUP_CALLS))):
             b = stop - start
             with tf.control_dependencies(squares[-1:]):  # a norm is taken while its gradients are in the cache
-                one_x, one_g = (tf.reshape(tf.transpose(t[start:stop], [1, 2, 0, 3]), [1, *t.shape[1:-1], -1]) for t in (x, g))
+                parts = [t[:, None] if row else t for t in (self.pad(x[start:stop]), g[start:stop])]
+                one_x, one_g = (tf.reshape(tf.transpose(t, [1, 2, 0, 3]), [1, *t.shape[1:-1], -1]) for t in parts)
             found = tf.raw_ops.Conv2DBackpropFilter(
                 input=one_x, filter_sizes=[*kernel, c, b * p], out_backprop=one_g, strides=[1, *stride, 1], padding="VALID",
                 dilations=[1, *dilation, 1],
