@@ -28,6 +28,7 @@ class Pass(NamedTuple):
     x: Tensor  # [T, B, D]
     states: list[Tensor]  # the states that each time began with [T, B, P]; of an LSTM its first cell state [B, H]
     weights: Mapping[str, Tensor]  # role -> value: weight_ih [kH, D], weight_hh [kH, P], bias_ih, bias_hh [kH], weight_hr [P, H]
+    after: Tensor | None = None  # the state that each time ended with [T, B, P], where it is known
 
     @property
     def before(self) -> Tensor:
@@ -105,11 +106,17 @@ def gru(run: Pass, given: Given) -> Found:
     return Found((slopes * total.unsqueeze(2)).flatten(2), (into * total.unsqueeze(2)).flatten(2))
 
 
-def simple(slope: Callable[[Tensor], Tensor]) -> Callable[[Pass, Given], Found]:
-    """``h' = act(z)``, from the slope of the activation at z."""
+def simple(act: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Callable[[Pass, Given], Found]:
+    """``h' = act(z)``, from the slope of the activation where it gave h'.
+
+    From h' itself, not from z computed again: of a ReLU, rounding could turn a slope of 1 into 0.
+    """
 
     def cell(run: Pass, given: Given) -> Found:
-        slopes = slope(linear(run.x, run.weights, "ih").add_(linear(run.before, run.weights, "hh")))
+        h = run.after
+        if h is None:
+            h = act(linear(run.x, run.weights, "ih").add_(linear(run.before, run.weights, "hh")))
+        slopes = slope(h)
         dz, dh = torch.empty_like(slopes), given.state
         for t in range(len(dz) - 1, -1, -1):
             dh = torch.mul(given.out[t] + dh, slopes[t], out=dz[t]) @ run.weights["weight_hh"]
@@ -118,15 +125,12 @@ def simple(slope: Callable[[Tensor], Tensor]) -> Callable[[Pass, Given], Found]:
     return cell
 
 
-def of_tanh(z: Tensor) -> Tensor:
-    return 1 - z.tanh().square()
-
-
-def of_relu(z: Tensor) -> Tensor:
-    return (z > 0).to(z.dtype)
-
-
-CELLS: Mapping[str, Callable[[Pass, Given], Found]] = {"lstm": lstm, "gru": gru, "rnn_tanh": simple(of_tanh), "rnn_relu": simple(of_relu)}
+CELLS: Mapping[str, Callable[[Pass, Given], Found]] = {
+    "lstm": lstm,
+    "gru": gru,
+    "rnn_tanh": simple(torch.tanh, lambda h: 1 - h.square()),
+    "rnn_relu": simple(torch.relu, lambda h: (h > 0).to(h.dtype)),
+}
 
 
 def cell_of(module: nn.Module) -> str:
@@ -190,7 +194,7 @@ def recurrent_uses(
     given = [None if g is None else wide(g) for g in cotangents]
     x = wide(x.detach())
     if single:
-        return cell_uses(module, x, states_of(module, x, hx, (len(x),)), given)
+        return cell_uses(module, x, states_of(module, x, hx, (len(x),)), given, None if result is None else wide(result))
     known = None if result is None else wide(result)
     if module.batch_first:
         x, known = x.transpose(0, 1), None if known is None else known.transpose(0, 1)
@@ -206,9 +210,10 @@ def states_of(module: Any, x: Tensor, hx: Any, shape: tuple[int, ...]) -> list[T
     return [x.new_zeros(*shape, size) for size in sizes[: 2 if cell_of(module) == "lstm" else 1]]
 
 
-def cell_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents) -> dict[str, Use]:
+def cell_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents, known: Tensor | None) -> dict[str, Use]:
     """A cell is a sequence of one time."""
-    run = Pass(x.unsqueeze(0), [s if i else s.unsqueeze(0) for i, s in enumerate(states)], weights_of(module, ""))
+    before, after = [s if i else s.unsqueeze(0) for i, s in enumerate(states)], None if known is None else known.unsqueeze(0)
+    run = Pass(x.unsqueeze(0), before, weights_of(module, ""), after)
     last = [0.0 if g is None else g for g in given]
     return named(run, CELLS[cell_of(module)](run, Given(torch.zeros_like(run.before), *last)), "")
 
@@ -255,7 +260,7 @@ def forward(name: str, x: Tensor, states: list[Tensor], weights: dict[str, Tenso
     settings = ("bias_ih" in weights, 1, 0.0, False, False, False)  # one layer, no dropout, one direction, time first
     if out is None:
         out = getattr(torch, name)(x, first if name == "lstm" else first[0], list(weights.values()), *settings)[0]
-    return Pass(x, [torch.cat([first[0], out[:-1]]), *states[1:]], weights), out
+    return Pass(x, [torch.cat([first[0], out[:-1]]), *states[1:]], weights, out), out
 
 
 def named(run: Pass, found: Found, suffix: str) -> dict[str, Use]:
