@@ -19,13 +19,24 @@ from dptrain.strategies import get_strategy
 from dptrain.validation import ValidatedLayer, Validation
 from dptrain_tf import update
 from dptrain_tf.describe import describe, take, tensors
-from dptrain_tf.gradients import Batch, Grads, Loss, batch_size, call_model, example_losses, gradients_of, plain_sum, trainable
+from dptrain_tf.gradients import (
+    Batch,
+    Grads,
+    Loss,
+    batch_size,
+    call_model,
+    example_losses,
+    gradients_of,
+    plain_sum,
+    trainable,
+    two_pass_problems,
+)
 from dptrain_tf.hooks import Tap, Unit, find_units
 from dptrain_tf.rules import children, is_float
 from dptrain_tf.sums import attained, checked_sum, finite, full_batch, safely
 
 
-def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan, training: bool = True) -> None:
+def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan, training: bool = True, two_pass: bool = False) -> None:
     """Refuse a model whose clipped sum would not be what it claims. Costs a few passes over at most three examples.
 
     Checks: no other state moves; and, with dropout off: each example's loss is the same in any company; the gradient of each example's
@@ -39,11 +50,14 @@ def self_check(model: Any, loss: Loss, x: Any, y: Any, plan: Plan, training: boo
         x, y: a batch, of which up to three examples are used.
         plan: the plan that training will use.
         training: whether the model will be run in training mode; every other check runs with dropout off.
+        two_pass: whether the sum will be taken in a second backward pass.
     Raises:
         UnsupportedModelError: lists every problem.
     """
     with kept_state(model):
         problems = probe_problems(model, loss, x, y, plan, training)
+        if two_pass and plan.needs_norms and not problems:
+            problems = two_pass_problems(model, find_units(model, training))
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))
 

@@ -3,7 +3,7 @@
 Book-keeping (Bu et al. 2022, arXiv:2210.00038): what is released is rebuilt from the very activations and cotangents that were
 measured. A use of a weight that the tap does not see can bias the sum, but it cannot break the bound. ``two_pass`` takes the sum
 from a second backward pass over the reweighted loss instead; there an unseen use WOULD break the bound, so it is allowed only for a
-model that has passed ``engine.self_check``.
+model that has passed ``engine.self_check``, and only where norms come from the very pass that is summed (``two_pass_problems``).
 
 Everything here runs eagerly and inside ``tf.function``; there the physical batch must have a fixed size. Trace with ``autograph=False``:
 AutoGraph would hide what an error says behind an error of its own.
@@ -11,7 +11,7 @@ AutoGraph would hide what an error says behind an error of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -271,10 +271,11 @@ def bounded_sum(
         return proven_sum(model, loss, batch, plan, training=training)
     if not plan.needs_norms:
         return plain_sum(model, loss, batch, training=training)
-    if two_pass:
-        refuse_two_pass(model)
-        two_pass = not batch.careful  # a non-finite example would poison the native sum
     units, size = find_units(model, training), batch_size(batch.x)
+    if two_pass:
+        if problems := two_pass_problems(model, units):
+            raise UnsupportedModelError(problems)
+        two_pass = not batch.careful  # a non-finite example would poison the native sum
     known = {layer.name for layer in plan.layers}
     if known != {unit.name for unit in units}:
         raise ConfigError("The model's trainable layers are not those of the plan; make a new plan after freezing or unfreezing.")
@@ -376,16 +377,26 @@ def check_output(output: Any, batch: int) -> None:
         raise UnsupportedModelError([f"the model returned {shape} for a batch of {batch}; strategy clipless needs one tensor [B, ...]."])
 
 
-def refuse_two_pass(model: Any) -> None:
-    """A second pass runs backwards through the model with weighted losses, and a clip inside it is not linear in them.
+def two_pass_problems(model: Any, units: Iterable[Unit]) -> list[str]:
+    """Why a second pass, which runs backwards through the forward pass itself with weighted losses, would not be bounded.
 
-    Raises:
-        UnsupportedModelError: the model clips cotangents itself.
+    A clip inside the model is not linear in them. And a layer whose norm is found by running it again, one example at a time, may round
+    to the other side of a kink (a ReLU) than it did in the forward pass: its norm is then not that of the gradient that is summed.
+
+    Returns:
+        A sentence for each layer to blame.
     """
-    if any(isinstance(part, LossGradientClip) for part in children(model)):
-        raise UnsupportedModelError(
-            ["LossGradientClip scales cotangents, so two_pass would not be bounded; use gradients: book_keeping, or remove the layer."]
-        )
+    problems = [
+        f"layer {part.name!r}: LossGradientClip scales cotangents, so two_pass is not bounded; use gradients: book_keeping, or remove it."
+        for part in children(model)
+        if isinstance(part, LossGradientClip)
+    ]
+    return problems + [
+        f"layer {unit.name!r} ({type(unit.layer).__name__}): its norms are found by running it again, which may round otherwise than the "
+        "pass that two_pass sums, so the sum would not be bounded; use gradients: book_keeping."
+        for unit in units
+        if unit.rule is None
+    ]
 
 
 def second_pass(

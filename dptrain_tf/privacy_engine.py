@@ -150,7 +150,8 @@ class PrivacyEngine(Promise):
         self._refuse_spent()
         reading.check(data)
         x, y = reading.synthetic(data.x, 3), reading.synthetic(data.targets, 3)
-        self.executor = FitBackend(Performance(compile=not model.run_eagerly, precision=precision(model)), self._jit)
+        gradients: Any = "two_pass" if self.settings.two_pass else "book_keeping"
+        self.executor = FitBackend(Performance(compile=not model.run_eagerly, precision=precision(model), gradients=gradients), self._jit)
         x, y = self.executor.tensor(x), self.executor.tensor(y)
         self._info = self._facts(x)
         loss = example_loss(model, data.weight is not None, precision(model))

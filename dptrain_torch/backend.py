@@ -92,7 +92,7 @@ class TorchBackend:
         return attack.tightness(model, self.tensor(x), plan)
 
     def self_check(self, model: nn.Module, loss: Any, x: np.ndarray, y: np.ndarray, plan: Plan) -> None:
-        engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan)
+        engine.self_check(model, loss, self.tensor(x), self.tensor(y), plan, two_pass=self.performance.two_pass)
 
     # --- one step ---
     def seed_dropout(self, model: nn.Module, seed: int, step: int) -> None:

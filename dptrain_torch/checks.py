@@ -19,12 +19,12 @@ from dptrain.strategies import get_strategy
 from dptrain.validation import ValidatedLayer, Validation
 from dptrain_torch import update
 from dptrain_torch.describe import describe
-from dptrain_torch.gradients import Loss, batch_size, bounded_sum, call_model, example_losses, trainable, zeros_like
+from dptrain_torch.gradients import Loss, batch_size, bounded_sum, call_model, example_losses, trainable, two_pass_problems, zeros_like
 from dptrain_torch.hooks import Unit, find_units
 from dptrain_torch.sums import attained, finite, full_batch, is_float, plain, take
 
 
-def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None:
+def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan, two_pass: bool = False) -> None:
     """Refuse a model whose clipped sum would not be what it claims. Costs a few passes over at most three examples.
 
     Checks: no buffer moves; and, with dropout off: every layer shows which rows belong to which example, for two batch sizes; each
@@ -37,11 +37,14 @@ def self_check(model: nn.Module, loss: Loss, x: Any, y: Any, plan: Plan) -> None
         loss: per-example loss.
         x, y: a batch, of which up to three examples are used.
         plan: the plan that training will use.
+        two_pass: whether the sum will be taken in a second backward pass.
     Raises:
         UnsupportedModelError: lists every problem.
     """
     with kept_state(model):
         problems = probe_problems(model, loss, x, y, plan)
+        if two_pass and plan.needs_norms and not problems:
+            problems = two_pass_problems(model, find_units(model, plan.layers))
     if problems:
         raise UnsupportedModelError(list(dict.fromkeys(problems)))
 

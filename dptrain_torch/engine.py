@@ -154,7 +154,7 @@ def clipped_sum(
     if infinite:
         plan = plan.with_clip_norm(max_grad_norm)
     if check or two_pass:
-        self_check(model, loss, x, y, plan)
+        self_check(model, loss, x, y, plan, two_pass)
     return bounded_sum(model, loss, full_batch(x, y), plan, two_pass=two_pass).sums
 
 

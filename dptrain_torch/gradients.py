@@ -3,12 +3,12 @@
 Book-keeping (Bu et al. 2022, arXiv:2210.00038): what is released is rebuilt from the very activations and cotangents that were
 measured. A use of a weight that the tap does not see can bias the sum, but it cannot break the bound. ``two_pass`` takes the sum
 from a second backward pass over the reweighted loss instead; there an unseen use WOULD break the bound, so it is allowed only for a
-model that has passed ``engine.self_check``.
+model that has passed ``engine.self_check``, and only where norms come from the very pass that is summed (``two_pass_problems``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,9 +254,9 @@ def bounded_sum(
         return proven_sum(model, loss, batch, plan)
     if not plan.needs_norms:
         return plain_sum(model, loss, batch)
-    if two_pass:
-        refuse_two_pass(model)
     units, size = known_units(model, plan), batch_size(batch.x)
+    if two_pass and (problems := two_pass_problems(model, units)):
+        raise UnsupportedModelError(problems)
     with phase("forward"), torch.enable_grad(), Tap(units, size, first=0) as tap:
         losses = example_losses(loss, call_model(model, batch.x), batch.y, size)
     found = tapped_sum(model, tap, losses, batch.mask, plan, batch.factor, two_pass=two_pass, lean=lean, norms_out=norms_out)
@@ -429,16 +429,26 @@ def column(w: Tensor, like: Tensor) -> Tensor:
     return w.view(-1, *[1] * (like.dim() - 1))
 
 
-def refuse_two_pass(model: nn.Module) -> None:
-    """A second pass runs backwards through the model with weighted losses, and a clip inside it is not linear in them.
+def two_pass_problems(model: nn.Module, units: Iterable[Unit]) -> list[str]:
+    """Why a second pass, which runs backwards through the forward pass itself with weighted losses, would not be bounded.
 
-    Raises:
-        UnsupportedModelError: the model clips cotangents itself.
+    A clip inside the model is not linear in them. And a layer whose norm is found by running it again, one example at a time, may round
+    to the other side of a kink (a ReLU) than it did in the forward pass: its norm is then not that of the gradient that is summed.
+
+    Returns:
+        A sentence for each layer to blame.
     """
-    if any(isinstance(part, LossGradientClip) for part in model.modules()):
-        raise UnsupportedModelError(
-            ["LossGradientClip scales cotangents, so two_pass would not be bounded; use gradients: book_keeping, or remove the layer."]
-        )
+    problems = [
+        f"layer {name!r}: LossGradientClip scales cotangents, so two_pass is not bounded; use gradients: book_keeping, or remove it."
+        for name, part in model.named_modules()
+        if isinstance(part, LossGradientClip)
+    ]
+    return problems + [
+        f"layer {unit.name!r} ({type(unit.module).__name__}): its norms are found by running it again, which may round otherwise than the "
+        "pass that two_pass sums, so the sum would not be bounded; use gradients: book_keeping."
+        for unit in units
+        if unit.whole
+    ]
 
 
 def second_pass(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import torch
 
 import dptrain
 from accounting import NeighboringRelation, PrivacyLedger, SampledGaussian
@@ -558,6 +560,20 @@ def test_two_passes_through_a_clip_are_refused() -> None:
         assert prepare(run(model, "clipless"), backend, images((5,))).plan.groups[0].norm_bound == pytest.approx(
             0.1 * np.hypot(3.0, 1.0), rel=1e-3
         )
+
+
+def test_two_passes_over_a_layer_that_is_run_again_are_refused_before_training() -> None:
+    """Its norm is that of another run of it, which may round a ReLU inside to the other side than the pass that is summed."""
+    data = images((5,))
+    for backend in BACKENDS:
+        if backend == "torch":
+            model: Any = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.PReLU(), torch.nn.Linear(4, 3))
+        else:
+            model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4), keras.layers.PReLU(), keras.layers.Dense(3)])
+        config = run(NETWORKS["mlp"], "mixed_ghost", performance={"gradients": "two_pass"})
+        with pytest.raises(UnsupportedModelError, match=r"PReLU.*running it again.*book_keeping"):
+            prepare(config, backend, data, model)
+        assert train(run(NETWORKS["mlp"], "mixed_ghost"), backend, data=data, model=model).complete
 
 
 def test_projection_is_what_the_backends_run() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dptrain.errors import UnsupportedModelError
 from tests.conformance import tf_side, torch_side
 from tests.conformance.cases import CASES, Case
 
@@ -19,6 +20,11 @@ ROWS = [
     if (case.torch if name == "torch" else case.keras) is not None
 ]
 TOLERANCE = 1e-9  # math.md section 7
+# Cases with a layer whose norms are found by running it again, by framework.
+RUN_AGAIN = {
+    "torch": ("lstm", "prelu, slow method"),
+    "tensorflow": ("lstm", "prelu, slow method", "householder, slow method", "keras separable"),
+}
 
 
 def made(side: ModuleType, case: Case) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -73,6 +79,10 @@ def test_two_pass_gives_the_same_numbers(side: ModuleType, case: Case) -> None:
     model, x, y = made(side, case)
     c = 0.5 * float(np.median(total_norms(side.oracle(model, x, y))))
     one = side.clipped(model, x, y, c, "ghost", grouping="per_layer")  # a pass per group; one group: test_models_torch, test_tf_executor
+    if case.name in RUN_AGAIN[side.NAME]:
+        with pytest.raises(UnsupportedModelError, match=r"running it again.*book_keeping"):  # a ReLU in it could round to the other side
+            side.clipped(model, x, y, c, "ghost", grouping="per_layer", two_pass=True)
+        return
     assert_close(side.clipped(model, x, y, c, "ghost", grouping="per_layer", two_pass=True), one)
 
 
