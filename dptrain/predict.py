@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dptrain.costs import MEMORY_COST, SUM_COST, Method, ghost_cost, gradient_size, has_ghost_norm, instantiate_cost
+from dptrain.costs import MEMORY_COST, Method, ghost_cost, gradient_size, has_ghost_norm, instantiate_cost, sum_cost
 from dptrain.info import CONV, EMBEDDING, LINEAR, LayerInfo
 from dptrain.plan import Plan
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # Fitted to steps of torch on two cores with AVX-512 (small VGG, ResNet-18, a transformer, a BERT-like network; docs/benchmarks.md), in
 # multiply-adds of a batched product: a native product of plain training, and one of a convolution; passes over a layer's input and output,
-# which also stand for the operations without parameters around it; and more such passes of a convolution or normalisation whose norms are
-# taken: what is copied, rebuilt or kept.
-PASS_COST, CONV_PASS_COST, PASSES, NORM_PASSES = 1.0, 0.6, 12, 6
+# which also stand for the operations without parameters around it; and more such passes of a convolution or normalisation, and of a linear
+# layer, whose norms are taken: what is copied, rebuilt or kept.
+PASS_COST, CONV_PASS_COST, PASSES, NORM_PASSES, LINEAR_PASSES = 1.0, 0.6, 12, 6, 3
 # Per parameter and step, in multiply-adds: an optimizer reads and writes a few arrays; a Gaussian value of the counter-based
 # generator takes a logarithm, a root, a sine and a cosine.
 UPDATE_COST, NOISE_COST = 4 * MEMORY_COST, 100.0
@@ -120,9 +120,10 @@ def norm_cost(layer: LayerInfo, method: Method, lean: bool = False) -> float:
         return (NORM_PASSES + 1) * 2 * MEMORY_COST * layer.positions * layer.fan_out
     way = ghost_cost(layer) if method == "ghost" else instantiate_cost(layer)
     if method == "instantiate" and passes(layer, lean):  # the gradient is not at hand any more when the sum is taken
-        way += SUM_COST * layer.positions * gradient_size(layer)
-    copies = NORM_PASSES * MEMORY_COST * (numbers_in(layer) + layer.positions * layer.fan_out) if layer.kind == CONV else 0.0
-    return way + copies - SUM_COST * layer.positions * gradient_size(layer)
+        way += sum_cost(layer)
+    passes_over = NORM_PASSES if layer.kind == CONV else LINEAR_PASSES
+    copies = passes_over * MEMORY_COST * (numbers_in(layer) + layer.positions * layer.fan_out)
+    return way + copies - sum_cost(layer)
 
 
 def passes(layer: LayerInfo, lean: bool) -> bool:
