@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dptrain.allocator import keep_large
 from dptrain.config import OptimizerConfig, Performance, TrainConfig
 from dptrain.errors import RunError
 from dptrain.info import Graph, ModelInfo
@@ -18,7 +19,7 @@ from dptrain.models import initial_weights
 from dptrain.plan import Plan
 from dptrain.randomness import StepNoise
 from dptrain.report import package_versions
-from dptrain_torch import attack, engine, gradients, graph, losses, measure, models, process, update
+from dptrain_torch import attack, engine, gradients, graph, losses, measure, models, update
 from dptrain_torch.describe import describe
 from dptrain_torch.gradients import Batch, Grads
 
@@ -48,7 +49,7 @@ class TorchBackend:
             raise RunError(
                 f"performance.device {wanted!r} cannot be used by torch ({str(error).splitlines()[0]}); choose cpu or auto."
             ) from None
-        process.keep_large(performance.prefer == "speed")
+        keep_large(performance.prefer == "speed")
 
     # --- building ---
     def build_model(self, config: TrainConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.randomness import NOISE, RandomKey, StepNoise
-from dptrain_torch import clipped_sum, gradients, make_plan, per_sample_norms, process, self_check, validate
+from dptrain_torch import clipped_sum, gradients, make_plan, per_sample_norms, self_check, validate
 from dptrain_torch.engine import full_batch
 from dptrain_torch.gradients import Batch, bounded_sum
 from dptrain_torch.losses import cross_entropy
@@ -623,19 +622,3 @@ print("fine")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "fine"), done.stderr[-500:]
-
-
-@pytest.mark.parametrize("setting", [None, *process.SETTINGS])
-def test_memory_is_kept_unless_the_environment_decides(setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, int]] = []
-    libc = SimpleNamespace(mallopt=lambda name, value: told.append((name, value)) or 1)
-    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(process.sys, "platform", "linux")
-    for name in process.SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    if setting:
-        monkeypatch.setenv(setting, "1")
-    assert process.keep_pages() == (setting is None)
-    assert told == ([] if setting else [(-1, 2**31 - 1), (-3, 32 * 2**20)])
-    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: SimpleNamespace())  # a libc without it
-    assert not process.keep_pages()
