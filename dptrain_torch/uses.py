@@ -60,6 +60,8 @@ GROUP_POSITIONS = {1: 64, 2: 256}
 TAP_CHANNELS = 32
 # Taps of a kernel of channel groups up to which channels that are innermost stay so: 32 images of 4x4x160, 7x7, 26 ms, 6 otherwise.
 INNER_TAPS = 9
+# Positions of a depthwise convolution up to which its cotangent is always taken for a kernel.
+FEW_POSITIONS = 4
 # Channels below which they are put innermost for it: 32 images of 56x56x3 to 32 channels, 7x7, 9 ms, 111 otherwise.
 FEW_CHANNELS = 16
 # Channels below which cotangents that have them outermost would have to be turned round first: 64 images of 32x32x3 to 64, 3x3, 14 ms, 6 by
@@ -425,6 +427,8 @@ class ConvUse(Use):
     def in_parts(self) -> Iterator[Tensor]:
         if len(self.kernel) == 1 and self.groups == max(self.stride) == 1 and self.shape[1] >= TAP_CHANNELS:
             return self.by_taps()
+        if self.suits_cotangents():
+            return self.by_cotangents()
         return self.by_groups() if self.suits_groups() else self.by_positions()
 
     def by_taps(self) -> Iterator[Tensor]:
@@ -440,6 +444,51 @@ class ConvUse(Use):
                 found[:, i] = torch.bmm(some, x[(slice(start, start + size), slice(None), *where)].transpose(1, 2))
             yield found.permute(0, 2, 3, 1)
 
+    def suits_cotangents(self) -> bool:
+        """Whether ``by_cotangents`` is the faster way: depthwise kernels for which the framework's weight gradient has no good code.
+
+        Milliseconds for 32 examples on two cores, by cotangents; by groups: 7x7 16x16x40 0.3, 5.7, 8x8x80 0.2, 3.4, 4x4x160 0.1, 3.0; 5x5
+        32x32x64 1.0, 31; 3x3 of 2x2x320 0.1, 2.8. For 3x3 kernels and more positions both are alike.
+        """
+        if not self.native_kernels() or self.groups == 1 or not self.groups == self.x.shape[1] == self.g.shape[1]:
+            return False
+        return math.prod(self.kernel) > INNER_TAPS or self.g.shape[2:].numel() <= FEW_POSITIONS
+
+    def by_cotangents(self) -> Iterator[Tensor]:
+        """As a convolution of the input, whose kernel is the cotangent: strides and dilations change places."""
+        (x, padding), g = self.native_input(), self.g
+        kernel, stride, dilation = self.kernel, self.stride, self.dilation
+        if len(kernel) == 1:  # an image of one row
+            x, g, padding = x.unsqueeze(2), g.unsqueeze(2), [0, *padding]
+            kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+        inner = innermost(x) or g.shape[2:].numel() <= FEW_POSITIONS
+        for some, b in self.side_by_side(x, g, inner):
+            found = F.conv2d(some[0], some[1].transpose(0, 1), None, dilation, padding, stride, groups=b * self.groups)
+            yield found[:, :, : kernel[0], : kernel[1]].view(b, -1, 1, *self.kernel)
+
+    def native_kernels(self) -> bool:
+        """Whether the CPU's kernels for images are there."""
+        native = self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        return native and len(self.kernel) <= 2 and max(self.kernel) > 1
+
+    def side_by_side(self, x: Tensor, g: Tensor, inner: bool) -> Iterator[tuple[list[Tensor], int]]:
+        """Input and cotangent of a few examples as channels of one example, ``[1, b C, *S]`` and ``[1, b p, *T]``, and b.
+
+        Args:
+            x, g: images, padded as it needs to be.
+            inner: whether channels are to lie innermost.
+        """
+        each = x[0].numel() + g[0].numel() + math.prod(self.shape)
+        size = max(1, WINDOW * torch.get_num_threads() // each)
+        for start in range(0, len(x), size):
+            rows = [t[start : start + size] for t in (x, g)]
+            if inner:  # copies want channels to stay innermost, and so do kernels where they are few
+                # Contiguous: where the axes happen to fit, ``reshape`` would only look at them in another order.
+                made = [t.permute(2, 3, 0, 1).reshape(1, *t.shape[2:], -1).contiguous().permute(0, 3, 1, 2) for t in rows]
+            else:
+                made = [t.reshape(1, -1, *t.shape[2:]) for t in rows]
+            yield made, len(rows[0])
+
     def suits_groups(self) -> bool:
         """Whether ``by_groups`` is the faster way: a native kernel of the CPU, with enough positions to outweigh its setting up.
 
@@ -449,8 +498,7 @@ class ConvUse(Use):
         is: depthwise 16x16x128 2.5, 11 with strides of 2 (native 0.8), 8x8x256 1.7, 21 (0.6), 4x4x512 1.1, 11 (0.4); 32 groups of 8x8x256
         5, 16 (1.5); 7x7 depthwise 8x8x80, 32 examples, 3.3, 7.0 (3.2).
         """
-        native = self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        if not native or len(self.kernel) > 2 or max(self.kernel) == 1:
+        if not self.native_kernels():
             return False
         positions, enough = self.g.shape[2:].numel(), GROUP_POSITIONS[len(self.kernel)]
         if self.groups > 1:
@@ -465,20 +513,11 @@ class ConvUse(Use):
         if len(kernel) == 1:  # an image of one row
             x, g, padding = x.unsqueeze(2), g.unsqueeze(2), [0, *padding]
             kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-        each = x[0].numel() + g[0].numel() + math.prod(self.shape)
-        size = max(1, WINDOW * torch.get_num_threads() // each)
         if k == 1:
             inner = innermost(x) or (c < FEW_CHANNELS and innermost(g))
         else:
             inner = innermost(x) and math.prod(kernel) <= INNER_TAPS
-        for start in range(0, len(x), size):
-            rows = [t[start : start + size] for t in (x, g)]
-            b = len(rows[0])
-            if inner:  # copies want channels to stay innermost, and so do kernels where they are few
-                # Contiguous: where the axes happen to fit, ``reshape`` would only look at them in another order.
-                one_x, one_g = (t.permute(2, 3, 0, 1).reshape(1, *t.shape[2:], -1).contiguous().permute(0, 3, 1, 2) for t in rows)
-            else:
-                one_x, one_g = (t.reshape(1, -1, *t.shape[2:]) for t in rows)
+        for (one_x, one_g), b in self.side_by_side(x, g, inner):
             weight = x.new_empty(()).expand(b * p, c, *kernel)  # only its shape is read
             args = (weight, None, list(stride), padding, list(dilation), False, [0, 0], b * k, [False, True, False])
             found = torch.ops.aten.convolution_backward(one_g, one_x, *args)[1]

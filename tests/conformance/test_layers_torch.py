@@ -577,6 +577,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "strided": {"stride": (2, 1)},
     "strided groups": {"groups": 2, "stride": (2, 2), "size": (9, 6)},
     "strided depthwise": {"groups": 4, "stride": (2, 3), "size": (8, 9), "out": 4, "pads": ((1, 2), (0, 1))},
+    "dilated depthwise": {"groups": 4, "dilation": (2, 1), "stride": (1, 2), "kernel": (2, 5), "out": 4, "pads": ((2, 2), (3, 1))},
     "surplus rows": {"groups": 4, "stride": (3, 3), "size": (9, 8), "out": 4, "pads": ((0, 0), (1, 0))},
 }
 
@@ -596,6 +597,8 @@ def test_convolutions_by_groups_of_examples(name: str, window: int, inner: bool,
     expected = torch.cat(list(use.by_positions()))
     monkeypatch.setattr(uses, "WINDOW", window)
     torch.testing.assert_close(torch.cat(list(use.by_groups())), expected)
+    if use.groups == use.shape[0] == x.shape[1]:
+        torch.testing.assert_close(torch.cat(list(use.by_cotangents())), expected)
     torch.testing.assert_close(torch.cat(list(use.by_positions())), expected)
     monkeypatch.setattr(uses.ConvUse, "suits_groups", lambda self: True)
     square, kept = uses.instantiated(use)
@@ -626,6 +629,16 @@ def test_grouped_convolutions_in_float32(size: int, kernel: int, stride: int, gr
     settings = ((kernel, kernel), (stride, stride), (1, 1), groups, ((low, high), (low, high)))
     use, wide = uses.ConvUse(x, g, *settings), uses.ConvUse(x.double(), g.double(), *settings)
     assert use.suits_groups() == (count > 2) and not wide.suits_groups()
+    assert use.suits_cotangents() == (groups == out and (count <= 2 or kernel > 3)) and not wide.suits_cotangents()
+    torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_sequences_in_float32(stride: int) -> None:
+    x, g = normal(9, 6, 31).float(), normal(9, 6, (31 - 11) // stride + 1, seed=1).float()
+    settings = ((11,), (stride,), (1,), 6, ((0, 0),))
+    use, wide = uses.ConvUse(x, g, *settings), uses.ConvUse(x.double(), g.double(), *settings)
+    assert use.suits_cotangents() and not wide.suits_cotangents()
     torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
 
 
