@@ -529,6 +529,44 @@ def test_convolutions_by_groups_of_examples(name: str, numbers: int, monkeypatch
 
 
 @pytest.mark.skipif(not uses.groups_work(), reason="TensorFlow's kernels here take no channel groups")
+@pytest.mark.parametrize("numbers", [1, 1 << 20])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dilation", "pads"),
+    [
+        ((9, 8), (5, 4), (1, 1), (1, 1), ((2, 2), (1, 2))),
+        ((9, 12), (5, 5), (2, 2), (1, 1), ((2, 2), (3, 1))),
+        ((9, 12), (5, 3), (2, 1), (1, 1), ((2, 2), (0, 0))),
+        ((13, 12), (4, 4), (1, 1), (2, 2), ((3, 3), (0, 3))),
+        ((2, 2), (7, 7), (1, 1), (1, 1), ((3, 3), (3, 3))),
+        ((31,), (11,), (1,), (1,), ((5, 5),)),
+        ((31,), (11,), (2,), (1,), ((0, 0),)),
+    ],
+)
+def test_depthwise_convolutions_by_cotangents(
+    size: Any, kernel: Any, stride: Any, dilation: Any, pads: Any, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    reach = [1 + (s + sum(p) - d * (k - 1) - 1) // r for s, p, d, k, r in zip(size, pads, dilation, kernel, stride, strict=True)]
+    x, g = rng.normal(size=(7, *size, 3)), rng.normal(size=(7, *reach, 3))
+    for shape in ((*kernel, 3, 1), (*kernel, 1, 3)):  # of a depthwise layer, of a convolution with groups
+        use, wide = (
+            uses.ConvUse(tf.constant(x, kind), tf.constant(g, kind), kernel, stride, dilation, 3, pads, shape)
+            for kind in (tf.float32, tf.float64)
+        )
+        monkeypatch.setattr(uses, "GROUP_NUMBERS", numbers)
+        assert use.suits_cotangents() and not wide.suits_cotangents()
+        with uses.compiled_by_xla(True):
+            assert not use.suits_cotangents()
+        expected = wide.instantiate().numpy()
+        square, kept = use.in_parts()
+        assert len(kept.pieces) == (7 if numbers == 1 else 1)
+        assert np.allclose(use.instantiate(), expected, rtol=1e-4, atol=1e-4)
+        assert np.allclose(square, (expected**2).reshape(7, -1).sum(1), rtol=1e-5)
+        w = np.linspace(0, 1, 7)
+        assert np.allclose(kept.weighted_sum(tf.constant(w)), np.tensordot(w, expected, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not uses.groups_work(), reason="TensorFlow's kernels here take no channel groups")
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
 def test_sequences_by_groups_of_examples(stride: int, dilation: int) -> None:
     rng, count = np.random.default_rng(0), 1 + (20 + 2 - dilation * 2 - 1) // stride
