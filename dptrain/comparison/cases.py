@@ -65,7 +65,7 @@ class Settings:
     """
 
     pairs: int = 9
-    warmup: int = 3
+    warmup: int = 5
     threads: int = 2
     limit_gib: float = 4.0
 
