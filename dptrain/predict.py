@@ -174,8 +174,14 @@ def predict(plan: Plan, batch: int, rate: float, *, two_pass: bool = False, lean
     ours = sum(cost.seconds[cost.method] for cost in layers) + (UPDATE_COST + NOISE_COST * private) * parameters / rate
     if two_pass and private:  # the second pass computes the cotangents again
         ours += sum(2 / 3 * cost.plain_seconds for cost in layers)
-    stored = float_bytes * 2 * parameters + sum(cost.plain_bytes for cost in layers)
-    return Prediction(layers, plain, ours, stored, peak(plan, layers, batch, two_pass, float_bytes, lean), batch)
+    plain_bytes = float_bytes * 2 * parameters + sum(cost.plain_bytes for cost in layers)
+    return Prediction(layers, plain, ours, plain_bytes, peak(plan, layers, batch, two_pass, float_bytes, lean), batch)
+
+
+def stored(layer: LayerInfo) -> int:
+    """Floats per example that the forward pass keeps for the backward pass: a layer's input, and the output of a linear layer, which the
+    activation or the attention after it reads; that of a convolution or normalisation is the next layer's input."""
+    return numbers_in(layer) + (layer.positions * layer.fan_out if layer.kind in (LINEAR, EMBEDDING) else 0)
 
 
 def layer_cost(layer: LayerInfo, method: Method, batch: int, rate: float, float_bytes: int, lean: bool = False) -> LayerCost:
@@ -184,7 +190,7 @@ def layer_cost(layer: LayerInfo, method: Method, batch: int, rate: float, float_
     seconds = {way: plain + batch * norm_cost(layer, way, lean) / rate for way in methods(layer, method)}
     size = float_bytes * batch
     held = {way: float(size * (kept(layer, way, lean) + scratch(layer, way))) for way in methods(layer, method)}
-    return LayerCost(layer.name, method, plain, seconds, float(size * (numbers_in(layer) + layer.positions * layer.fan_out)), held)
+    return LayerCost(layer.name, method, plain, seconds, float(size * stored(layer)), held)
 
 
 def peak(plan: Plan, layers: tuple[LayerCost, ...], batch: int, two_pass: bool, float_bytes: int, lean: bool = False) -> float:
