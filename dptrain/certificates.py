@@ -177,24 +177,36 @@ def lanczos(matrix: np.ndarray, steps: int) -> float:
     """Largest eigenvalue on a Krylov space; from below, so a guess only, but a close one."""
     n = len(matrix)
     basis = np.empty((min(steps, n), n), matrix.dtype)
+    conjugates = np.empty_like(basis)
     v = np.cos(np.arange(1, n + 1) * 1.7).astype(matrix.dtype)
     for i in range(len(basis)):
-        before = float(np.linalg.norm(v))
+        before = length(v)
         for _ in range(2):  # once leaves what rounding lost
-            v = v - (basis[:i].conj() @ v) @ basis[:i]
-        size = float(np.linalg.norm(v))
+            v = v - (conjugates[:i] @ v) @ basis[:i]
+        size = length(v)
         if size <= 1e-9 * before:  # the space is invariant
-            basis = basis[:i]
+            basis, conjugates = basis[:i], conjugates[:i]
             break
         basis[i] = v / size
+        conjugates[i] = basis[i].conj()
         v = matrix @ basis[i]
-    return float(np.linalg.eigvalsh(basis.conj() @ matrix @ basis.T)[-1])
+    return float(np.linalg.eigvalsh(conjugates @ matrix @ basis.T)[-1])
+
+
+def length(v: np.ndarray) -> float:
+    """Norm of a short vector, without what ``np.linalg.norm`` spends on looking at its arguments."""
+    return math.sqrt(np.vdot(v, v).real)
 
 
 def powers(matrices: np.ndarray, iterations: int) -> np.ndarray:
     """Power iteration on all matrices at once, ``[F]``; from below."""
     n = matrices.shape[-1]
-    v = np.cos(np.arange(1, n + 1) * 1.7)[None, :, None] + np.zeros((len(matrices), 1, 1))  # any fixed vector without symmetry
+    start = np.cos(np.arange(1, n + 1) * 1.7)  # any fixed vector without symmetry
+    if len(matrices) == 1:  # the same on one vector, in half the time
+        for _ in range(iterations):
+            start = matrices[0] @ (start / (length(start) + 1e-300))
+        return np.array([length(start)])
+    v = start[None, :, None] + np.zeros((len(matrices), 1, 1))
     for _ in range(iterations):
         v = v / (np.linalg.norm(v, axis=1, keepdims=True) + 1e-300)
         v = matrices @ v
