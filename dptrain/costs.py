@@ -6,7 +6,8 @@ Nothing here touches a guarantee: both ways give the same norm. Three rules are 
   per-sample gradient.
 * ``time``: compares arithmetic. Instantiating costs ``T p D`` and its result is reused for the weighted sum; the ghost norm costs
   its Gram matrices, and the weighted sum ``T p D`` still has to be paid after it. So ghost wins on time only where the
-  per-sample gradient, which has to be written and read, is large against the work done per position.
+  per-sample gradient, which has to be written and read, is large against the work done per position. Where both are about as
+  fast, the one that keeps less wins.
 * ``measured``: the backend has timed both ways, once per layer, on this machine and with these shapes.
 """
 
@@ -30,6 +31,9 @@ MEMORY_COST = 12.0
 # kernels or long products.
 SUM_COST, INSTANTIATE_COST = 0.8, 0.9
 CONV_SUM_COST, CONV_INSTANTIATE_COST = 0.5, 0.65
+# By how much a per-sample gradient that is larger than the input and the cotangent that it is made of must be faster: the figures above are
+# no closer than that, and memory is the surer loss.
+ROOM = 1.15
 
 
 def has_ghost_norm(layer: LayerInfo) -> bool:
@@ -40,6 +44,15 @@ def has_ghost_norm(layer: LayerInfo) -> bool:
 def gradient_size(layer: LayerInfo) -> int:
     """Floats of one per-sample weight gradient, ``p D``."""
     return layer.fan_in * layer.fan_out
+
+
+def numbers_in(layer: LayerInfo) -> int:
+    """Floats of one example's input of a layer, all calls together; ids of an embedding count as nothing."""
+    if layer.kind == EMBEDDING:
+        return 0
+    if layer.kind == CONV:
+        return layer.attr("padded", layer.positions) * layer.attr("channels", layer.fan_in) * layer.attr("groups", 1)
+    return layer.positions * (layer.fan_in if layer.kind == LINEAR else layer.fan_out)
 
 
 def sum_cost(layer: LayerInfo) -> float:
@@ -91,4 +104,5 @@ def choose(layer: LayerInfo, decision: Decision, timings: Timings | None = None)
     if decision == "space":
         gram = 2 * layer.attr("groups", 1) * layer.positions**2
         return "ghost" if gram <= gradient_size(layer) else "instantiate"
-    return "ghost" if ghost_cost(layer) <= instantiate_cost(layer) else "instantiate"
+    larger = gradient_size(layer) > numbers_in(layer) + layer.positions * layer.fan_out
+    return "ghost" if ghost_cost(layer) <= instantiate_cost(layer) * (ROOM if larger else 1.0) else "instantiate"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dptrain.costs import MEMORY_COST, Method, ghost_cost, gradient_size, has_ghost_norm, instantiate_cost, sum_cost
+from dptrain.costs import MEMORY_COST, Method, ghost_cost, gradient_size, has_ghost_norm, instantiate_cost, numbers_in, sum_cost
 from dptrain.info import CONV, EMBEDDING, LINEAR, LayerInfo
 from dptrain.plan import Plan
 
@@ -90,15 +90,6 @@ class Prediction:
         from dptrain.tables import cost_table, render
 
         return render(cost_table(self))
-
-
-def numbers_in(layer: LayerInfo) -> int:
-    """Floats of one example's input of a layer, all calls together; ids of an embedding count as nothing."""
-    if layer.kind == EMBEDDING:
-        return 0
-    if layer.kind == CONV:
-        return layer.attr("padded", layer.positions) * layer.attr("channels", layer.fan_in) * layer.attr("groups", 1)
-    return layer.positions * (layer.fan_in if layer.kind == LINEAR else layer.fan_out)
 
 
 def plain_cost(layer: LayerInfo) -> float:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dptrain import LayerInfo, ModelInfo, get_strategy
-from dptrain.costs import choose
+from dptrain.costs import ROOM, choose, gradient_size
 from dptrain.info import CONV, EMBEDDING, GENERIC, LINEAR, NORM
-from dptrain.predict import Prediction, predict, work_of
+from dptrain.predict import Prediction, kept, predict, work_of
 from dptrain.setup import prepare
 from tests.core.shared import EXAMPLES, blobs, config
 
@@ -41,8 +41,8 @@ def test_privacy_costs_time_and_memory(strategy: str) -> None:
 
 
 def test_the_mixture_is_predicted_to_be_fastest() -> None:
-    """By construction of its rule, which compares the same figures."""
-    assert of("mixed_ghost").seconds <= min(of("ghost").seconds, of("per_sample").seconds)
+    """By construction of its rule, which compares the same figures, and lets memory decide where they are near each other."""
+    assert of("mixed_ghost").seconds <= min(of("ghost").seconds, of("per_sample").seconds) * ROOM
 
 
 dims = st.integers(1, 600)
@@ -50,13 +50,14 @@ dims = st.integers(1, 600)
 
 @given(st.sampled_from([LINEAR, CONV, EMBEDDING, NORM, GENERIC]), dims, dims, dims)
 @EXAMPLES
-def test_the_method_that_the_rule_of_time_chooses_is_predicted_to_be_no_slower(kind: str, t: int, d: int, p: int) -> None:
+def test_the_method_that_the_rule_of_time_chooses_is_predicted_to_be_no_slower_or_to_keep_less(kind: str, t: int, d: int, p: int) -> None:
     attrs = {"kernel": 1, "channels": d, "padded": t} if kind == CONV else {}
     layer = LayerInfo("a", kind, t, d, p, d * p, ("a.weight",), attrs=attrs)
     cost = of("mixed_ghost", layers=(layer,)).layers[0]
     assert cost.method == choose(layer, "time")
     if kind != EMBEDDING:  # there the ghost norm is chosen for its memory
-        assert cost.seconds[cost.method] <= min(cost.seconds.values()) * (1 + 1e-9)
+        smaller = cost.method == "ghost" and gradient_size(layer) > kept(layer, "ghost")
+        assert cost.seconds[cost.method] <= min(cost.seconds.values()) * (ROOM if smaller else 1 + 1e-9)
 
 
 @given(st.integers(1, 4096), st.floats(1e8, 1e13))
