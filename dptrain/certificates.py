@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -107,14 +108,21 @@ def conv_gram(kernel: np.ndarray, space: Sequence[int], strides: Sequence[int], 
     centre = correlation(w, [0] * len(taps))
     if not lags:
         return SymbolGram(centre[None], factor)
-    half = [*map(range, points[:-1]), range(points[-1] // 2 + 1)]  # the symbol at -f is the conjugate of that at f
-    angles = np.array(list(product(*half))) * (2 * np.pi / np.array(points)) @ np.array(lags, float).T  # [F, lags]
+    cosines, sines = waves(tuple(points), tuple(lags))
     stack = np.stack(correlations)
     flipped = stack.swapaxes(1, 2)
-    symbol = np.empty((len(angles), centre.size), np.complex128)
-    symbol.real = np.cos(angles) @ (stack + flipped).reshape(len(lags), -1) + centre.reshape(-1)
-    symbol.imag = np.sin(angles) @ (stack - flipped).reshape(len(lags), -1)
+    symbol = np.empty((len(cosines), centre.size), np.complex128)
+    symbol.real = cosines @ (stack + flipped).reshape(len(lags), -1) + centre.reshape(-1)
+    symbol.imag = sines @ (stack - flipped).reshape(len(lags), -1)
     return SymbolGram(symbol.reshape(-1, *centre.shape), factor)
+
+
+@lru_cache(maxsize=256)
+def waves(points: tuple[int, ...], lags: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of the angle of every frequency and lag, ``[F, lags]``: the same in each step."""
+    half = [*map(range, points[:-1]), range(points[-1] // 2 + 1)]  # the symbol at -f is the conjugate of that at f
+    angles = np.array(list(product(*half))) * (2 * np.pi / np.array(points)) @ np.array(lags, float).T
+    return np.cos(angles), np.sin(angles)
 
 
 def polyphase(w: np.ndarray, space: Sequence[int], strides: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
