@@ -346,6 +346,13 @@ def untouched(model: Any) -> bool:
     return not any("call" in layer.__dict__ or layer.__dict__.get("activation", 0) is None for layer in children(model))
 
 
+# Cases with a layer whose norms are found by running it again: a second pass over them is refused.
+RUN_AGAIN = {
+    "separable", "own_weight", "class_token", "two_outputs", "overridden", "prelu", "lora", "lora_embedding", "masked_lstm", "lstm",
+    "gru_bidirectional", "time_distributed",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_norms_and_sums_match_the_oracle(name: str) -> None:
     model, x, y = case(name)
@@ -358,8 +365,12 @@ def test_norms_and_sums_match_the_oracle(name: str) -> None:
         assert np.abs(found - norms).max() < tolerance * norms.max()
         plan = engine.make_plan(model, x, strategy, max_grad_norm=clip)
         batch = engine.full_batch(x, y)
-        for two_pass in (False, True):
-            eager = bounded_sum(model, mean_squared_error, batch, plan, two_pass=two_pass, training=False)
+        assert gap(bounded_sum(model, mean_squared_error, batch, plan, training=False).sums, expected) < tolerance
+        if name in RUN_AGAIN:
+            with pytest.raises(UnsupportedModelError, match=r"running it again.*book_keeping"):
+                bounded_sum(model, mean_squared_error, batch, plan, two_pass=True, training=False)
+        else:
+            eager = bounded_sum(model, mean_squared_error, batch, plan, two_pass=True, training=False)
             assert gap(eager.sums, expected) < tolerance
 
         @tf.function
