@@ -117,7 +117,7 @@ def conv_gram(kernel: np.ndarray, space: Sequence[int], strides: Sequence[int], 
     return SymbolGram(symbol.reshape(-1, *centre.shape), factor)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def waves(points: tuple[int, ...], lags: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of the angle of every frequency and lag, ``[F, lags]``: the same in each step."""
     half = [*map(range, points[:-1]), range(points[-1] // 2 + 1)]  # the symbol at -f is the conjugate of that at f

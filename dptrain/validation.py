@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_GROUPS = 32  # of a GroupNorm in the place of a BatchNorm
@@ -107,3 +108,25 @@ def norm_groups(channels: int, alone: bool) -> int:
     while alone and count > 1 and channels // count < LEAST:
         count //= 2
     return count
+
+
+def two_pass_problems(clips: Iterable[str], again: Iterable[tuple[str, str]]) -> list[str]:
+    """Why a second pass, which runs backwards through the forward pass itself with weighted losses, would not be bounded.
+
+    A clip inside the model is not linear in them. And a layer whose norm is found by running it again, one example at a time, may round
+    to the other side of a kink (a ReLU) than it did in the forward pass: its norm is then not that of the gradient that is summed.
+
+    Args:
+        clips: names of the layers that clip cotangents.
+        again: name and class of each layer whose norms come from running it again.
+    Returns:
+        A sentence for each layer to blame.
+    """
+    return [
+        f"layer {name!r}: LossGradientClip scales cotangents, so two_pass is not bounded; use gradients: book_keeping, or remove it."
+        for name in clips
+    ] + [
+        f"layer {name!r} ({kind}): its norms are found by running it again, which may round otherwise than the pass that two_pass sums, "
+        "so the sum would not be bounded; use gradients: book_keeping."
+        for name, kind in again
+    ]

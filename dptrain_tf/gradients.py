@@ -18,6 +18,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow import Tensor
 
+from dptrain import validation
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
@@ -378,25 +379,9 @@ def check_output(output: Any, batch: int) -> None:
 
 
 def two_pass_problems(model: Any, units: Iterable[Unit]) -> list[str]:
-    """Why a second pass, which runs backwards through the forward pass itself with weighted losses, would not be bounded.
-
-    A clip inside the model is not linear in them. And a layer whose norm is found by running it again, one example at a time, may round
-    to the other side of a kink (a ReLU) than it did in the forward pass: its norm is then not that of the gradient that is summed.
-
-    Returns:
-        A sentence for each layer to blame.
-    """
-    problems = [
-        f"layer {part.name!r}: LossGradientClip scales cotangents, so two_pass is not bounded; use gradients: book_keeping, or remove it."
-        for part in children(model)
-        if isinstance(part, LossGradientClip)
-    ]
-    return problems + [
-        f"layer {unit.name!r} ({type(unit.layer).__name__}): its norms are found by running it again, which may round otherwise than the "
-        "pass that two_pass sums, so the sum would not be bounded; use gradients: book_keeping."
-        for unit in units
-        if unit.rule is None
-    ]
+    """``validation.two_pass_problems`` of a model."""
+    clips = (part.name for part in children(model) if isinstance(part, LossGradientClip))
+    return validation.two_pass_problems(clips, ((unit.name, type(unit.layer).__name__) for unit in units if unit.rule is None))
 
 
 def second_pass(

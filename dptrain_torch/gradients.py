@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dptrain import validation
 from dptrain.clipping import clip_weight
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.plan import Plan
@@ -430,25 +431,9 @@ def column(w: Tensor, like: Tensor) -> Tensor:
 
 
 def two_pass_problems(model: nn.Module, units: Iterable[Unit]) -> list[str]:
-    """Why a second pass, which runs backwards through the forward pass itself with weighted losses, would not be bounded.
-
-    A clip inside the model is not linear in them. And a layer whose norm is found by running it again, one example at a time, may round
-    to the other side of a kink (a ReLU) than it did in the forward pass: its norm is then not that of the gradient that is summed.
-
-    Returns:
-        A sentence for each layer to blame.
-    """
-    problems = [
-        f"layer {name!r}: LossGradientClip scales cotangents, so two_pass is not bounded; use gradients: book_keeping, or remove it."
-        for name, part in model.named_modules()
-        if isinstance(part, LossGradientClip)
-    ]
-    return problems + [
-        f"layer {unit.name!r} ({type(unit.module).__name__}): its norms are found by running it again, which may round otherwise than the "
-        "pass that two_pass sums, so the sum would not be bounded; use gradients: book_keeping."
-        for unit in units
-        if unit.whole
-    ]
+    """``validation.two_pass_problems`` of a model."""
+    clips = (name for name, part in model.named_modules() if isinstance(part, LossGradientClip))
+    return validation.two_pass_problems(clips, ((unit.name, type(unit.module).__name__) for unit in units if unit.whole))
 
 
 def second_pass(
