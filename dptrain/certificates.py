@@ -30,8 +30,12 @@ import numpy as np
 MARGIN = 1e-5
 # Work n^3 up to which all eigenvalues of a matrix are computed, and of a stack of them; beyond, a Cholesky test is much cheaper.
 EXACT_WORK, EXACT_STACK = 1.2e6, 1e5
+# Frobenius distance from a multiple of the identity, relative to it, that is added to the mean eigenvalue instead.
+CLOSE = 1e-3
 # Grid points per axis and degree of the symbol's polynomial, where the torus has more.
 POINTS_PER_DEGREE = 8
+# Side up to which the eigenvalues of one matrix of a stack take no longer than Lanczos.
+EXACT_SIDE = 48
 # By how much a guess is raised until it can be proven; a stack's first guess is of one promising matrix among many.
 GUESSES, STACK_GUESSES = (1e-4, 2e-3, 2e-2, 1e-1), (5e-3, 3e-2, 1e-1)
 
@@ -90,7 +94,7 @@ def conv_gram(kernel: np.ndarray, space: Sequence[int], strides: Sequence[int], 
         with ``d (j - j') = r (s - t)``: a convolution again, whose symbol is computed here.
     """
     w = np.asarray(kernel, np.float64)
-    if w.shape[1] * math.prod(strides) < w.shape[0] and max(dilation) == 1:  # the side of the input's phases is the smaller
+    if 1 < math.prod(strides) < w.shape[0] / w.shape[1] and max(dilation) == 1:  # the side of the input's phases is the smaller
         w, space, strides = polyphase(w, space, strides)
     if all(r == 1 for r in strides) and w.shape[1] < w.shape[0]:
         w = w.swapaxes(0, 1)
@@ -103,26 +107,25 @@ def conv_gram(kernel: np.ndarray, space: Sequence[int], strides: Sequence[int], 
         coarse = POINTS_PER_DEGREE * degree if degree else 1
         points.append(min(torus, coarse))
         factor *= grid_factor(degree, coarse) if coarse < torus else 1.0
-    lags = [lag for lag in product(*(range(-n, n + 1) for n in degrees)) if lag > (0,) * len(degrees)]  # one of each pair +-lag
-    correlations = [correlation(w, [n * step for n, step in zip(lag, steps, strict=True)]) for lag in lags]
-    centre = correlation(w, [0] * len(taps))
-    if not lags:
-        return SymbolGram(centre[None], factor)
-    cosines, sines = waves(tuple(points), tuple(lags))
-    stack = np.stack(correlations)
-    flipped = stack.swapaxes(1, 2)
-    symbol = np.empty((len(cosines), centre.size), np.complex128)
-    symbol.real = cosines @ (stack + flipped).reshape(len(lags), -1) + centre.reshape(-1)
-    symbol.imag = sines @ (stack - flipped).reshape(len(lags), -1)
-    return SymbolGram(symbol.reshape(-1, *centre.shape), factor)
+    lags, correlations = autocorrelations(w if max(steps) == 1 else polyphase(w, space, steps)[0])
+    if len(lags) == 1:
+        return SymbolGram(correlations, factor)
+    cosines, sines = waves(tuple(points), lags)
+    flipped = correlations.swapaxes(1, 2)
+    symbol = np.empty((len(cosines), len(w) ** 2), np.complex128)
+    np.matmul(cosines, (correlations + flipped).reshape(len(lags), -1), out=symbol.real)
+    np.matmul(sines, (correlations - flipped).reshape(len(lags), -1), out=symbol.imag)
+    return SymbolGram(symbol.reshape(-1, len(w), len(w)), factor)
 
 
 @lru_cache(maxsize=32)
 def waves(points: tuple[int, ...], lags: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the angle of every frequency and lag, ``[F, lags]``: the same in each step."""
+    """Cosines and sines of the angle of every frequency and lag, ``[F, lags]``: the same in each step. Lag 0 comes first and counts half."""
     half = [*map(range, points[:-1]), range(points[-1] // 2 + 1)]  # the symbol at -f is the conjugate of that at f
     angles = np.array(list(product(*half))) * (2 * np.pi / np.array(points)) @ np.array(lags, float).T
-    return np.cos(angles), np.sin(angles)
+    cosines = np.cos(angles)
+    cosines[:, 0] = 0.5
+    return cosines, np.sin(angles)
 
 
 def polyphase(w: np.ndarray, space: Sequence[int], strides: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
@@ -141,12 +144,35 @@ def polyphase(w: np.ndarray, space: Sequence[int], strides: Sequence[int]) -> tu
     return merged, tuple(math.ceil(m / r) + 1 for m, r in zip(space, strides, strict=True)), (1,) * n
 
 
-def correlation(w: np.ndarray, lag: Sequence[int]) -> np.ndarray:
-    """``sum_j W_j W_{j + lag}^T`` over the taps for which both exist, ``[p, p]``."""
-    first = tuple(slice(max(0, -n), k - max(0, n)) for n, k in zip(lag, w.shape[2:], strict=True))
-    second = tuple(slice(max(0, n), k - max(0, -n)) for n, k in zip(lag, w.shape[2:], strict=True))
-    a, b = w[(slice(None), slice(None), *first)], w[(slice(None), slice(None), *second)]
-    return np.asarray(a.reshape(len(w), -1) @ b.reshape(len(w), -1).T)
+def autocorrelations(w: np.ndarray) -> tuple[tuple[tuple[int, ...], ...], np.ndarray]:
+    """``sum_j W_j W_{j + lag}^T`` over the taps for which both exist, for one of each pair of lags.
+
+    Args:
+        w: kernel ``[p, D, *k]``.
+    Returns:
+        Lags, 0 first, and ``[lags, p, p]``.
+    """
+    p, taps = len(w), math.prod(w.shape[2:])
+    rows = np.ascontiguousarray(w.reshape(p, -1, taps).transpose(2, 0, 1)).reshape(taps * p, -1)
+    products = (rows @ rows.T).reshape(taps, p, taps, p)  # of all taps at once: a product per lag is as much work and many copies
+    lags, first, second, member = pairs_of_taps(w.shape[2:])
+    return lags, (member @ products[first, :, second, :].reshape(len(first), -1)).reshape(-1, p, p)
+
+
+@lru_cache(maxsize=32)
+def pairs_of_taps(taps: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], np.ndarray, np.ndarray, np.ndarray]:
+    """Lags, the pairs ``(j, j + lag)`` of taps that have them, and which pair has which, ``[lags, pairs]`` of 0 and 1."""
+    places = list(np.ndindex(*taps))
+    found: dict[tuple[int, ...], list[tuple[int, int]]] = {(0,) * len(taps): []}
+    for (i, a), (j, b) in product(enumerate(places), repeat=2):
+        lag = tuple(m - n for m, n in zip(b, a, strict=True))
+        if lag >= (0,) * len(taps):
+            found.setdefault(lag, []).append((i, j))
+    pairs = [(row, *pair) for row, lag in enumerate(found) for pair in found[lag]]
+    row, first, second = np.array(pairs).T
+    member = np.zeros((len(found), len(pairs)))
+    member[row, np.arange(len(pairs))] = 1.0
+    return tuple(found), first, second, member
 
 
 def overlap(kernel: Sequence[int], strides: Sequence[int], dilation: Sequence[int] | None = None) -> int:
@@ -169,16 +195,28 @@ def largest_eigenvalue(matrices: np.ndarray) -> float:
     count, n = matrices.shape[:2]
     if not matrices.any():
         return 0.0
+    if count == 1:
+        mean = float(np.trace(matrices[0]).real) / n
+        apart = matrices[0].copy()
+        apart.flat[:: n + 1] -= mean
+        if length(apart) <= CLOSE * mean:  # ``G = mean I + (G - mean I)``, and no eigenvalue of the second is above its Frobenius norm
+            return (mean + length(apart)) * (1 + 1e-12)
     if count * n**3 <= (EXACT_WORK if count == 1 else EXACT_STACK):
         return float(np.linalg.eigvalsh(matrices)[:, -1].max()) * (1 + 1e-12)
-    top = matrices[0] if count == 1 else matrices[int(np.argmax(powers(matrices, 8)))]
-    guess = lanczos(top, 30 if count == 1 else 10)
-    reach = np.sqrt(np.einsum("fij,fij->f", matrices, matrices.conj()).real)  # the Frobenius norm: above the largest eigenvalue
+    guess = lanczos(matrices[0], 30) if count == 1 else guess_of_stack(matrices)
     for excess in GUESSES if count == 1 else STACK_GUESSES:
         bound = guess * (1 + excess)
-        if dominates(bound, matrices[reach >= bound]):
+        if dominates(bound, matrices):
             return bound
     return gram_iteration(matrices)
+
+
+def guess_of_stack(matrices: np.ndarray) -> float:
+    """Largest eigenvalue of the most promising of many matrices: of all by a few powers, then of the best quarter by more."""
+    v = powers(matrices, 6)
+    best = np.argsort(-sizes(v))[: max(1, len(v) // 4)]
+    top = matrices[best[int(np.argmax(sizes(powers(matrices[best], 8, v[best]))))]]
+    return float(np.linalg.eigvalsh(top)[-1]) if len(top) <= EXACT_SIDE else lanczos(top, 10)
 
 
 def lanczos(matrix: np.ndarray, steps: int) -> float:
@@ -202,31 +240,34 @@ def lanczos(matrix: np.ndarray, steps: int) -> float:
 
 
 def length(v: np.ndarray) -> float:
-    """Norm of a short vector, without what ``np.linalg.norm`` spends on looking at its arguments."""
+    """Norm of a small array, without what ``np.linalg.norm`` spends on looking at its arguments."""
     return math.sqrt(np.vdot(v, v).real)
 
 
-def powers(matrices: np.ndarray, iterations: int) -> np.ndarray:
-    """Power iteration on all matrices at once, ``[F]``; from below."""
-    n = matrices.shape[-1]
-    start = np.cos(np.arange(1, n + 1) * 1.7)  # any fixed vector without symmetry
-    if len(matrices) == 1:  # the same on one vector, in half the time
-        for _ in range(iterations):
-            start = matrices[0] @ (start / (length(start) + 1e-300))
-        return np.array([length(start)])
-    v = start[None, :, None] + np.zeros((len(matrices), 1, 1))
+def powers(matrices: np.ndarray, iterations: int, v: np.ndarray | None = None) -> np.ndarray:
+    """Power iteration on all matrices at once, from ``v`` on.
+
+    Returns:
+        Vectors ``[F, n, 1]``; their ``sizes`` approach the largest eigenvalues from below.
+    """
+    if v is None:  # any fixed vector without symmetry
+        v = np.tile(np.cos(np.arange(1, matrices.shape[-1] + 1) * 1.7)[:, None], (len(matrices), 1, 1))
     for _ in range(iterations):
-        v = v / (np.linalg.norm(v, axis=1, keepdims=True) + 1e-300)
-        v = matrices @ v
-    return np.asarray(np.linalg.norm(v, axis=1)[:, 0])
+        v = matrices @ (v / (sizes(v) + 1e-300)[:, None, None])
+    return v
+
+
+def sizes(v: np.ndarray) -> np.ndarray:
+    """Norms of vectors ``[F, n, 1]``, ``[F]``."""
+    return np.asarray(np.linalg.norm(v, axis=(1, 2)))
 
 
 def dominates(bound: float, matrices: np.ndarray) -> bool:
     """Whether a Cholesky factorisation proves ``bound I - G > 0`` for every matrix."""
-    if not len(matrices):
-        return True
+    difference = np.negative(matrices)
+    np.einsum("fii->fi", difference)[:] += bound  # a view of the diagonals
     try:
-        np.linalg.cholesky(bound * np.eye(matrices.shape[-1]) - matrices)
+        np.linalg.cholesky(difference)
     except np.linalg.LinAlgError:
         return False
     return True

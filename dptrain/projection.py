@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from dptrain.certificates import MARGIN, SymbolGram, conv_gram, dominates, matrix_gram, normalised, overlap, powers
+from dptrain.certificates import MARGIN, SymbolGram, conv_gram, dominates, matrix_gram, normalised, overlap, powers, sizes
 from dptrain.errors import RunError
 from dptrain.info import Graph, Node
 
 FIRST_ITERATIONS, ITERATIONS = 20, 2
 TOLERANCE = 0.02  # spread of squared singular values below which a step takes no iteration
+SETTLED = 1e-4  # Frobenius distance of the Gram matrix from the identity below which no more iterations are taken
 WORKERS = 4  # threads, one parameter each; the result does not depend on their number
 Arrays = Mapping[str, np.ndarray]
 
@@ -229,8 +230,10 @@ def _norm_bound(node: Node, w: np.ndarray, gram: np.ndarray | None) -> float:
     torus = symbol.norm_bound()
     if symbol.factor == 1.0:  # exact on the torus, and the reshaped kernel's bound is never below that
         return torus
-    reshaped = (SymbolGram(gram[None]) if gram is not None else matrix_gram(w.reshape(len(w), -1))).norm_bound()
-    return min(torus, reshaped * math.sqrt(overlap(a["kernel"], a["strides"], a["dilation"])))
+    flat = SymbolGram(gram[None]) if gram is not None else matrix_gram(w.reshape(len(w), -1))
+    most = math.sqrt(overlap(a["kernel"], a["strides"], a["dilation"]))
+    least = math.sqrt(max(0.0, float(np.trace(flat.matrices[0]))) / flat.matrices.shape[-1])  # no bound of the reshaped kernel is smaller
+    return torus if least * most >= torus else min(torus, flat.norm_bound() * most)
 
 
 def bjorck(w: np.ndarray, iterations: int, tolerance: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -246,13 +249,27 @@ def bjorck(w: np.ndarray, iterations: int, tolerance: float = 0.0) -> tuple[np.n
     """
     wide = w.shape[0] <= w.shape[1]
     gram = w @ w.T if wide else w.T @ w
-    top = float(powers(gram[None], 15)[0])  # from below: enough here, because the iteration converges for singular values below sqrt(3)
-    if tolerance and float(np.linalg.norm(gram / top - np.eye(len(gram)))) <= tolerance * math.sqrt(len(gram)):
+    n = len(gram)
+    unit = float(np.trace(gram)) / n
+    scaled = gram / unit
+    if tolerance and off_identity(scaled) <= tolerance * math.sqrt(n):
         return w, gram
-    gram = gram / top
-    eye, total = np.eye(len(gram)), np.eye(len(gram)) / math.sqrt(top)
+    if off_identity(scaled) >= 1.0:  # else no value is above 2
+        unit *= float(sizes(powers(scaled[None], 15))[0])  # from below: enough here, because the iteration converges for singular values below sqrt(3)
+        scaled = gram / unit
+    total: np.ndarray | None = None
     for _ in range(iterations):
-        q = 1.5 * eye - 0.5 * gram
-        total, gram = total @ q, q @ gram @ q
-        gram = 0.5 * (gram + gram.T)
-    return (total @ w if wide else w @ total), gram
+        q = -0.5 * scaled
+        q.flat[:: n + 1] += 1.5
+        total, scaled = (q if total is None else total @ q), q @ scaled @ q
+        scaled = 0.5 * (scaled + scaled.T)
+        if off_identity(scaled) <= SETTLED:
+            break
+    assert total is not None
+    total *= 1.0 / math.sqrt(unit)
+    return (total @ w if wide else w @ total), scaled
+
+
+def off_identity(gram: np.ndarray) -> float:
+    """Frobenius norm of ``G - I``."""
+    return math.sqrt(max(0.0, float(np.vdot(gram, gram)) - 2.0 * float(np.trace(gram)) + len(gram)))
