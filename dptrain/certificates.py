@@ -195,6 +195,8 @@ def largest_eigenvalue(matrices: np.ndarray) -> float:
     count, n = matrices.shape[:2]
     if not matrices.any():
         return 0.0
+    if not np.isfinite(np.einsum("fii->", matrices)):  # a comparison with what is no number must not end as a bound
+        return math.inf
     if count == 1:
         mean = float(np.trace(matrices[0]).real) / n
         apart = matrices[0].copy()
@@ -320,12 +322,13 @@ def conv_norm_bound(kernel: np.ndarray, space: Sequence[int], strides: Sequence[
     return scale * min(torus, reshaped) * (1 + MARGIN)
 
 
-def normalised(weight: np.ndarray) -> tuple[np.ndarray, float]:
-    """The weight in float64, and a factor taken out of it, so that the squares of huge and tiny weights neither overflow nor vanish.
+def normalised(weight: np.ndarray, kind: type[np.floating] = np.float64) -> tuple[np.ndarray, float]:
+    """The weight in float64 or another kind, and a factor taken out of it, so that squares of huge and tiny weights neither overflow nor vanish.
 
     The factor is 0 for a weight of zeros.
     """
-    w = np.asarray(weight, np.float64)
+    w = np.asarray(weight, kind)
     size = max(float(w.max()), -float(w.min())) if w.size else 0.0
-    scale = 1.0 if 1e-40 < size < 1e40 else size
+    most = 1e40 if kind is np.float64 else 1e6
+    scale = 1.0 if 1 / most < size < most else size
     return (w if scale in (0.0, 1.0) else w / scale), scale

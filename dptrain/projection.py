@@ -10,8 +10,8 @@ L5). Weights are post-processing of private releases; so are their certificates,
     rows         each output's row scaled to the norm
     bias         scaled down to the radius
 
-Cost: a weight whose singular values are near each other is only certified and scaled. One Gram matrix per weight serves the iterations,
-which run on the small side only, and for dense weights the certificate too. An update moves a weight little, so a few iterations per step
+Cost: a weight whose singular values are near each other is only certified and scaled. The iterations run on the Gram matrix of the smaller
+side, in the weight's own precision: what is certified, in float64, is their outcome. An update moves a weight little, so a few per step
 suffice; the first call takes more. Parameters are worked on in parallel.
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from dptrain.certificates import MARGIN, SymbolGram, conv_gram, dominates, matrix_gram, normalised, overlap, powers, sizes
+from dptrain.certificates import MARGIN, conv_gram, dominates, matrix_gram, normalised, overlap, powers, sizes
 from dptrain.errors import RunError
 from dptrain.info import Graph, Node
 
@@ -192,18 +192,18 @@ def bias_radius(node: Node) -> float:
 
 def _weight(old: np.ndarray, uses: list[tuple[Node, str]], kept: bool, iterations: int) -> tuple[np.ndarray, dict[str, float]]:
     """One weight: constrain it, bound it at every use, scale it to the smallest allowance."""
-    w, scale = normalised(old)
-    shape, constraints = w.shape, {str(node.attrs["constraint"]) for node, _ in uses}
+    constraints = {str(node.attrs["constraint"]) for node, _ in uses}
+    orthogonal = not kept and "orthogonal" in constraints
+    w, scale = normalised(old, np.float32 if orthogonal and old.dtype == np.float32 else np.float64)
     rows = w.reshape(len(w), -1)
-    gram = None
-    if not kept and "orthogonal" in constraints and scale:
-        rows, gram = bjorck(rows, iterations, 0.0 if iterations == FIRST_ITERATIONS else TOLERANCE)
-        scale = 1.0
+    if orthogonal and scale:
+        rows, scale = bjorck(rows, iterations, 0.0 if iterations == FIRST_ITERATIONS else TOLERANCE), 1.0
+    rows = np.asarray(rows, np.float64)
     if not kept and "rows" in constraints and scale:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        rows, scale, gram = rows / np.where(norms > 0, norms, 1.0) * min(float(n.attrs["radius"]) for n, _ in uses), 1.0, None
-    w = rows.reshape(shape)
-    bounds = {f"{node.name}.{role}": _norm_bound(node, w, gram) for node, role in uses}  # of w, to be multiplied by scale
+        rows, scale = rows / np.where(norms > 0, norms, 1.0) * min(float(n.attrs["radius"]) for n, _ in uses), 1.0
+    w = rows.reshape(w.shape)
+    bounds = {f"{node.name}.{role}": _norm_bound(node, w) for node, role in uses}  # of w, to be multiplied by scale
     factor = scale
     if not kept and scale:
         allowed = [_allowance(node, w, bounds[f"{node.name}.{role}"]) for node, role in uses]
@@ -221,30 +221,30 @@ def _allowance(node: Node, w: np.ndarray, bound: float) -> float:
     return radius / size if size else 1.0
 
 
-def _norm_bound(node: Node, w: np.ndarray, gram: np.ndarray | None) -> float:
+def _norm_bound(node: Node, w: np.ndarray) -> float:
     """Operator norm of a node with weight ``w``, from above and without margin."""
+    rows = w.reshape(len(w), -1)
     if node.kind != "conv":
-        return (SymbolGram(gram[None]) if gram is not None else matrix_gram(w.reshape(len(w), -1))).norm_bound()
+        return matrix_gram(rows).norm_bound()
     a = node.attrs
     symbol = conv_gram(w, a["space"], a["strides"], a["dilation"])
     torus = symbol.norm_bound()
     if symbol.factor == 1.0:  # exact on the torus, and the reshaped kernel's bound is never below that
         return torus
-    flat = SymbolGram(gram[None]) if gram is not None else matrix_gram(w.reshape(len(w), -1))
     most = math.sqrt(overlap(a["kernel"], a["strides"], a["dilation"]))
-    least = math.sqrt(max(0.0, float(np.trace(flat.matrices[0]))) / flat.matrices.shape[-1])  # no bound of the reshaped kernel is smaller
-    return torus if least * most >= torus else min(torus, flat.norm_bound() * most)
+    least = float(np.linalg.norm(rows)) / math.sqrt(min(rows.shape))  # no bound of the reshaped kernel is smaller
+    return torus if least * most >= torus else min(torus, matrix_gram(rows).norm_bound() * most)
 
 
-def bjorck(w: np.ndarray, iterations: int, tolerance: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def bjorck(w: np.ndarray, iterations: int, tolerance: float = 0.0) -> np.ndarray:
     """Bring the singular values of a matrix near each other.
 
     Args:
         w: ``[p, D]``, not zero.
         iterations: how many.
-        tolerance: root mean square spread of the squared singular values, relative to the largest, that is left as it is.
+        tolerance: root mean square spread of the squared singular values, relative to their mean, that is left as it is.
     Returns:
-        The new matrix, or the old one if it was within the tolerance, and its Gram matrix on the smaller side.
+        The new matrix, or the old one if it was within the tolerance or did not converge.
     Source: Bjorck and Bowie 1971; all iterations act on the Gram matrix ``G``: with ``Q = (3 - G) / 2``, ``X <- Q X`` and ``G <- Q G Q``.
     """
     wide = w.shape[0] <= w.shape[1]
@@ -253,23 +253,29 @@ def bjorck(w: np.ndarray, iterations: int, tolerance: float = 0.0) -> tuple[np.n
     unit = float(np.trace(gram)) / n
     scaled = gram / unit
     if tolerance and off_identity(scaled) <= tolerance * math.sqrt(n):
-        return w, gram
+        return w
     if off_identity(scaled) >= 1.0:  # else no value is above 2
-        unit *= float(sizes(powers(scaled[None], 15))[0])  # from below: enough here, because the iteration converges for singular values below sqrt(3)
+        # From below: enough here, because the iteration converges for singular values below sqrt(3).
+        unit *= float(sizes(powers(scaled[None], 15))[0])
         scaled = gram / unit
     total: np.ndarray | None = None
-    for _ in range(iterations):
-        q = -0.5 * scaled
-        q.flat[:: n + 1] += 1.5
-        total, scaled = (q if total is None else total @ q), q @ scaled @ q
-        scaled = 0.5 * (scaled + scaled.T)
-        if off_identity(scaled) <= SETTLED:
-            break
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(iterations):
+            q = -0.5 * scaled
+            q.flat[:: n + 1] += 1.5
+            total, scaled = (q if total is None else total @ q), q @ scaled @ q
+            scaled = 0.5 * (scaled + scaled.T)
+            if off_identity(scaled) <= SETTLED:
+                break
     assert total is not None
     total *= 1.0 / math.sqrt(unit)
-    return (total @ w if wide else w @ total), scaled
+    if not np.isfinite(total).all():  # the guess of the largest value was far below it, and the iteration has diverged
+        return w
+    return total @ w if wide else w @ total
 
 
 def off_identity(gram: np.ndarray) -> float:
     """Frobenius norm of ``G - I``."""
-    return math.sqrt(max(0.0, float(np.vdot(gram, gram)) - 2.0 * float(np.trace(gram)) + len(gram)))
+    apart = gram.copy()
+    apart.flat[:: len(gram) + 1] -= 1.0
+    return float(np.linalg.norm(apart))

@@ -152,6 +152,23 @@ def test_every_way_is_from_above(way: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert truth * (1 - 1e-12) <= found <= truth * 1.06
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 4, 4), (1, 150, 150), (40, 40, 40)])
+def test_what_is_no_number_has_no_bound(shape: tuple[int, ...], bad: float) -> None:
+    matrices = np.tile(np.eye(shape[-1]), (shape[0], 1, 1))
+    matrices[-1, -1, -1] = bad
+    assert c.largest_eigenvalue(matrices) == math.inf
+
+
+@pytest.mark.parametrize("apart", [1e-6, 1e-4, 9e-4, 2e-3])
+def test_nearly_a_multiple_of_the_identity(apart: float) -> None:
+    noise = np.random.default_rng(0).standard_normal((150, 150))
+    noise = noise + noise.T
+    gram = 3.0 * (np.eye(150) + apart * noise / np.linalg.norm(noise))
+    truth = float(np.linalg.eigvalsh(gram)[-1])
+    assert truth <= c.largest_eigenvalue(gram[None]) <= truth * (1 + 1e-3)
+
+
 def test_overlap_counts_windows() -> None:
     for k, r, d in product((1, 2, 3, 5), (1, 2, 3, 4), (1, 2, 3)):
         places = [t * r + j * d for t in range(60) for j in range(k)]
