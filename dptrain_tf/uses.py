@@ -98,6 +98,8 @@ HALVED = 256
 # Positions from which per-sample gradients of images without channel groups are left to the framework's kernel,
 # numbers it works on at once, calls, and the most taps of a kernel of channel groups.
 GROUP_POSITIONS, GROUP_NUMBERS, GROUP_CALLS, GROUP_TAPS = 256, 1 << 20, 32, 9
+# Channels up to which strided ones are left to it as well.
+STRIDED_CHANNELS = 32
 Sizes = Sequence[int]  # of axes
 
 
@@ -471,7 +473,9 @@ class ConvUse(Use):
         Milliseconds for 64 examples on two busy cores, by groups; by slices; the native sum: 32x32x64 -> 64 54, 85, 48; 16x16x128 -> 128
         58, 72, 48; 16x16x64 -> 128 26, 37, 24; 32x32x3 -> 64 8, 23, 5; 8x8x128 -> 256 38, 42, 23. Where channels are in groups, it always
         is for kernels up to 3x3: depthwise 32x32x64 with strides of 2 7, 14 (native 1), 16x16x128 5, 14 (3), 4x4x512 2.3, 4.5 (0.5); 32
-        groups of 16x16x128 7, 91; 128 of 4x4x512 8, 17. For larger ones oneDNN has no good kernel: 5x5 depthwise 16x16x128 28, 19.
+        groups of 16x16x128 7, 91; 128 of 4x4x512 8, 17. For larger ones oneDNN has no good kernel: 5x5 depthwise 16x16x128 28, 19. With
+        strides of 2, 3x3: 64x64x3 -> 32 3, 12; 32x32x16 -> 32 2.6, 5.0; 32x32x32 -> 64 7, 10, but 16x16x64 -> 128 8.4, 8.1. A single
+        channel, 64x64 -> 32, 7x7, strides of 2 6, 26.
         """
         if len(self.kernel) > 2 or max(self.kernel) == 1 or self.x.dtype != tf.float32:
             return False
@@ -480,8 +484,11 @@ class ConvUse(Use):
             reaches = len(set(self.stride)) == 1 and min(self.kernel) >= self.stride[0]
             slices = len(self.kernel) == 1 and self.groups == self.x.shape[-1]  # depthwise over sequences: slices are as good
             fits = positions > 4 and math.prod(self.kernel) <= GROUP_TAPS and reaches and not slices
-        else:
-            fits = len(self.kernel) == 2 and positions >= GROUP_POSITIONS and max(self.stride) == 1
+        elif len(self.kernel) == 2 and max(self.stride) == 1:
+            fits = positions >= GROUP_POSITIONS or self.x.shape[-1] == 1
+        else:  # slices would be strided
+            overlap = len(set(self.stride)) == 1 and min(self.kernel) > self.stride[0] and max(self.dilation) == 1
+            fits = len(self.kernel) == 2 and overlap and self.x.shape[-1] <= STRIDED_CHANNELS
         return fits and _GROUPS.get() and groups_work()
 
     def by_groups(self) -> tuple[Tensor, PartsUse]:

@@ -445,12 +445,17 @@ class ConvUse(Use):
             yield found.permute(0, 2, 3, 1)
 
     def suits_cotangents(self) -> bool:
-        """Whether ``by_cotangents`` is the faster way: depthwise kernels for which the framework's weight gradient has no good code.
+        """Whether ``by_cotangents`` is the faster way: a single channel, and depthwise kernels without good code in the framework.
 
         Milliseconds for 32 examples on two cores, by cotangents; by groups: 7x7 16x16x40 0.3, 5.7, 8x8x80 0.2, 3.4, 4x4x160 0.1, 3.0; 5x5
-        32x32x64 1.0, 31; 3x3 of 2x2x320 0.1, 2.8. For 3x3 kernels and more positions both are alike.
+        32x32x64 1.0, 31; 3x3 of 2x2x320 0.1, 2.8. For 3x3 kernels and more positions both are alike. A single channel, 256 of 28x28, by
+        cotangents; by positions: 8x8 to 16 with strides of 2 2.3, 3.7, 3x3 to 32 4.3, 8.4; 64 sequences of 1,000, 9 taps to 16, 1.1, 11.
         """
-        if not self.native_kernels() or self.groups == 1 or not self.groups == self.x.shape[1] == self.g.shape[1]:
+        if not self.native_kernels():
+            return False
+        if self.x.shape[1] == 1:
+            return not innermost(self.g if len(self.kernel) == 2 else self.g.unsqueeze(2))
+        if self.groups == 1 or not self.groups == self.x.shape[1] == self.g.shape[1]:
             return False
         return math.prod(self.kernel) > INNER_TAPS or self.g.shape[2:].numel() <= FEW_POSITIONS
 
@@ -496,13 +501,16 @@ class ConvUse(Use):
         32x32x64 -> 64 27, 35, 25; 16x16x128 -> 128 33, 41, 23; 32x32x16 -> 16 4, 8, 1.5; 32x32x3 -> 64 3, 6, 2; but 8x8x256 -> 256 55,
         45, 23, strides of 2 26, 20, 14, and kernels of size 1 14, 5, 5. Where channels are in groups, whose products are small, it always
         is: depthwise 16x16x128 2.5, 11 with strides of 2 (native 0.8), 8x8x256 1.7, 21 (0.6), 4x4x512 1.1, 11 (0.4); 32 groups of 8x8x256
-        5, 16 (1.5); 7x7 depthwise 8x8x80, 32 examples, 3.3, 7.0 (3.2).
+        5, 16 (1.5); 7x7 depthwise 8x8x80, 32 examples, 3.3, 7.0 (3.2). So it is for a single channel: 256 of 28x28, 8x8 to 16 with strides
+        of 2 2.3, 3.7, 3x3 to 32 5.9, 14.
         """
         if not self.native_kernels():
             return False
         positions, enough = self.g.shape[2:].numel(), GROUP_POSITIONS[len(self.kernel)]
         if self.groups > 1:
             return positions > 4 and all(k >= r for k, r in zip(self.kernel, self.stride, strict=True))
+        if self.x.shape[1] == 1:  # of any layout; the outermost has a better way
+            return all(k > r for k, r in zip(self.kernel, self.stride, strict=True))
         tiny = self.shape[1] < TOO_FEW_CHANNELS and not innermost(self.g if len(self.kernel) == 2 else self.g.unsqueeze(2))
         return positions >= enough and max(self.stride) == 1 and not tiny
 
