@@ -633,6 +633,40 @@ def test_grouped_convolutions_in_float32(size: int, kernel: int, stride: int, gr
     torch.testing.assert_close(use.instantiate().double(), wide.instantiate(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inner", [False, True], ids=["cotangents outermost", "cotangents innermost"])
+@pytest.mark.parametrize("window", [1, 1 << 19])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "pads"),
+    [
+        ((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))),
+        ((8, 8), (2, 2), (1, 1), ((3, 3), (3, 3))),
+        ((2, 3), (2, 1), (1, 2), ((0, 2), (1, 0))),
+        ((4, 2), (5, 3), (1, 1), ((0, 0), (1, 1))),
+        ((12, 11), (1, 1), (1, 1), ((0, 0), (0, 0))),
+        ((5,), (1,), (2,), ((4, 4),)),
+        ((3,), (2,), (1,), ((0, 1),)),
+    ],
+)
+def test_a_single_channel_in_float32(
+    kernel: Any, stride: Any, dilation: Any, pads: Any, window: int, inner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uses, "WINDOW", window)
+    size = (12, 11)[: len(kernel)]
+    reach = [1 + (s + sum(p) - d * (k - 1) - 1) // r for s, p, d, k, r in zip(size, pads, dilation, kernel, stride, strict=True)]
+    x, g = normal(9, 1, *size).float(), normal(9, 5, *reach, seed=1).float()
+    if inner:
+        g = g.movedim(1, -1).contiguous().movedim(-1, 1)
+    use, wide = (uses.ConvUse(a, b, kernel, stride, dilation, 1, pads) for a, b in ((x, g), (x.double(), g.double())))
+    assert use.suits_cotangents() == g.is_contiguous() and not wide.suits_cotangents()
+    expected = torch.cat(list(wide.by_positions()))
+    square, kept = uses.instantiated(use)
+    assert len(kept.pieces) == 9 or window > 1
+    torch.testing.assert_close(use.instantiate().double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(square.double(), expected.flatten(1).square().sum(1), rtol=1e-5, atol=1e-5)
+    w = torch.linspace(0, 1, 9)
+    torch.testing.assert_close(kept.weighted_sum(w).double(), torch.tensordot(w.double(), expected, 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_sequences_in_float32(stride: int) -> None:
     x, g = normal(9, 6, 31).float(), normal(9, 6, (31 - 11) // stride + 1, seed=1).float()
