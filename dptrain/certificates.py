@@ -120,7 +120,7 @@ def conv_gram(kernel: np.ndarray, space: Sequence[int], strides: Sequence[int], 
 
 @lru_cache(maxsize=32)
 def waves(points: tuple[int, ...], lags: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the angle of every frequency and lag, ``[F, lags]``: the same in each step. Lag 0 comes first and counts half."""
+    """Cosines and sines of the angle of every frequency and lag, ``[F, lags]``: the same in each step. Lag 0, the first, counts half."""
     half = [*map(range, points[:-1]), range(points[-1] // 2 + 1)]  # the symbol at -f is the conjugate of that at f
     angles = np.array(list(product(*half))) * (2 * np.pi / np.array(points)) @ np.array(lags, float).T
     cosines = np.cos(angles)
@@ -323,9 +323,13 @@ def conv_norm_bound(kernel: np.ndarray, space: Sequence[int], strides: Sequence[
 
 
 def normalised(weight: np.ndarray, kind: type[np.floating] = np.float64) -> tuple[np.ndarray, float]:
-    """The weight in float64 or another kind, and a factor taken out of it, so that squares of huge and tiny weights neither overflow nor vanish.
+    """The weight, and a factor taken out of it, so that the squares of huge and tiny weights neither overflow nor vanish.
 
-    The factor is 0 for a weight of zeros.
+    Args:
+        weight: any shape.
+        kind: of the result.
+    Returns:
+        Both; the factor is 0 for a weight of zeros.
     """
     w = np.asarray(weight, kind)
     size = max(float(w.max()), -float(w.min())) if w.size else 0.0
