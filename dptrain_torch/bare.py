@@ -88,7 +88,7 @@ class BareCall:
         outputs: the tensor whose cotangent is asked for.
         build: cotangent -> uses.
         facts: of the layer that this call stands for, where it is one.
-        fed: whether autograd runs the node of the output anyway.
+        given: what the parameters met.
     """
 
     unit: Any
@@ -97,7 +97,7 @@ class BareCall:
     outputs: list[Tensor]
     build: Callable[[Tensor], dict[str, Use]]
     facts: dict[str, Any] | None = None
-    fed: bool = False
+    given: list[Tensor] = field(default_factory=list)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     cotangents: list[Tensor | None] = field(default_factory=list)
 
@@ -338,7 +338,7 @@ class Watch(TorchFunctionMode):
                 merge(uses, bias.pull(bias_gradient(g)))
             return uses
 
-        call = BareCall(self.owners[names[0]], self.batch, list(dict.fromkeys(names)), [z], build, facts, x.requires_grad)
+        call = BareCall(self.owners[names[0]], self.batch, list(dict.fromkeys(names)), [z], build, facts, [x])
         call.versions = [(x, x._version)]
         self.record(call)
         return z

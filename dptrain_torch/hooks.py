@@ -10,7 +10,7 @@ cotangents are what is asked of ``grad``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,12 +24,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from dptrain.errors import ConfigError, UnsupportedModelError
 from dptrain.info import EMBEDDING, GENERIC, LayerInfo
 from dptrain_torch.bare import BareCall, Watch, open_to_modes
-from dptrain_torch.recurrent import is_recurrent, recurrent_uses
+from dptrain_torch.recurrent import Carried, Uses, is_recurrent, recurrent_uses, tensors_given
 from dptrain_torch.rules import Rule, batch_axis, generic_uses, mixes_examples, rule_for
 from dptrain_torch.uses import DirectUse, Use, wide
 
 # Facts that ``describe`` finds out and later passes follow: names of ``LayerInfo.attrs``, each present only where it is not 0.
 BARE, AXIS, STATIC, SHARED, WHOLE = "bare", "batch_axis", "static", "shared", "whole"
+ANOTHER_BATCH = "the loss reaches a forward pass over another number of examples; call the model on equally many each time."
 FIRST_CALLS = 3  # calls whose outputs are kept for checks: their cotangents show whether examples are mixed anywhere above them
 
 
@@ -92,6 +93,7 @@ class Call:
     shape: tuple[int, ...] | None = None  # of the output, where its one row was expanded to the batch
     cotangents: list[Tensor | None] = field(default_factory=list)
     result: tuple[Tensor, int] | None = None  # the first output of a recurrent unit, and its version
+    below: list[Tensor] | None = None  # cotangents of what a recurrent unit was called with, once ``uses`` has run
 
     @property
     def names(self) -> list[str]:
@@ -103,7 +105,7 @@ class Call:
         unit = self.unit
         again = self.recurrent_uses() if unit.recurrent and not unit.shared else None
         if again is not None:
-            by_role = again
+            by_role, self.below = again
         elif unit.rule is None:
             by_role = generic_uses(unit.module, list(unit.params), self.args, self.kwargs, self.cotangents, unit.shared)
         else:
@@ -121,8 +123,8 @@ class Call:
             by_role = {role: use.fold(self.batch) for role, use in by_role.items()}
         return {name: by_role[role] for role, name in unit.params.items()}
 
-    def recurrent_uses(self) -> dict[str, Use] | None:
-        """The uses of a recurrent unit, from what it put out where nothing has been written over that since."""
+    def recurrent_uses(self) -> Uses | None:
+        """What ``recurrent_uses`` says of a recurrent unit, from what it put out where nothing has been written over that since."""
         result, version = self.result or (None, 0)
         states = result if result is not None and result._version == version else None
         return recurrent_uses(self.unit.module, self.args, self.kwargs, self.cotangents, states)
@@ -252,7 +254,8 @@ class Tap:
         self._hooks: list[Any] = []
         self._arrivals: list[Any] = []
         self._sink: Callable[[Any], None] = lambda call: None
-        self.running = False  # whether its backward pass is
+        self.running = self.retains = False  # whether its backward pass is running, and keeps the graph
+        self._mark = object()  # on the nodes of autograd that a tapped call made, and False on those that nothing tapped feeds
 
     def __enter__(self) -> Tap:
         watched = any(unit.bare is not None or unit.static for unit in self.units)
@@ -306,7 +309,7 @@ class Tap:
 
     def _record(self, call: BareCall) -> None:
         self.calls.append(call)
-        self._watch(call, call.fed)
+        self._watch(call, any(map(self._descends, call.given)))
 
     def forget(self, stale: set[int]) -> None:
         """Drop calls, given by ``id``, that the loss will not be traced back to."""
@@ -341,23 +344,92 @@ class Tap:
                 flat, spec = tree_flatten(output)
                 flat = [z.view_as(z) if isinstance(z, Tensor) and z.requires_grad else z for z in flat]
                 result, outputs = tree_unflatten(flat, spec), [z for z in flat if isinstance(z, Tensor)]
-            fed, versions = any(x.requires_grad for x in leaves), [(x, x._version) for x in leaves]
+            fed, versions = any(map(self._descends, leaves)), [(x, x._version) for x in leaves]
             if unit.bias_only:
                 args, kwargs, versions = tree_map(hollow, args), tree_map(hollow, kwargs), []
             call = Call(unit, args, kwargs, outputs, versions, self.batch, constant, shape)
             if unit.recurrent:  # its states are what it put out
                 call.result = (outputs[0].detach(), outputs[0]._version)
             self.calls.append(call)
-            self._watch(call, fed)
+            inputs = tensors_given(module, args, kwargs) if unit.recurrent and not unit.shared and fed else None
+            if inputs is not None:
+                outputs = call.outputs = self._carry(call, inputs)
+                rest = iter(outputs)
+                flat, spec = tree_flatten(output)
+                result = tree_unflatten([next(rest) if isinstance(z, Tensor) else z for z in flat], spec)
+            else:
+                self._watch(call, fed)
             if len(self.calls) > self.first:
                 call.outputs = [hollow(z).requires_grad_(z.requires_grad) for z in outputs]
             return result
 
         return hook
 
+    def _descends(self, x: Tensor) -> bool:
+        """Whether autograd runs the node of a call of ``x`` anyway, on its way to an earlier call.
+
+        To ask whether ``x`` requires a gradient is not enough: nobody asks for that of a tensor of the user's own.
+        """
+        ahead, seen = [x.grad_fn], set[Any]()
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in seen:
+                continue
+            metadata: Any = node.metadata
+            known = metadata.get(self._mark)
+            if known:
+                return True
+            seen.add(node)
+            if known is None:
+                ahead.extend(before for before, _ in node.next_functions)
+        for node in seen:
+            node.metadata[self._mark] = False  # no later walk needs to come this way
+        return False
+
+    def _carry(self, call: Call, inputs: list[Tensor]) -> list[Tensor]:
+        """The outputs of a recurrent call, whose cotangents are handed over by a node that passes on those of its inputs (``Carried``).
+
+        Other backward passes through it are torch's own.
+        """
+        taps, calls, native = weakref.ref(self), weakref.ref(call), call.outputs
+        weights = [p for p in call.unit.module.parameters() if p.requires_grad]
+        given = [*inputs, *weights]
+
+        def back(cotangents: list[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+            tap, arrived = taps(), calls()
+            if tap is None or not tap.running:
+                return plain_backward(native, given, cotangents, needed)
+            if arrived is None:
+                raise UnsupportedModelError([ANOTHER_BATCH])
+            with torch._C.DisableTorchFunction():
+                tap._deliver(arrived, cotangents)
+                below = arrived.below
+                if below is None:  # nobody has asked for the uses
+                    arrived.cotangents = cotangents
+                    found = arrived.recurrent_uses()
+                    assert found is not None
+                    below = found[1]
+                arrived.cotangents, arrived.below = [], None
+            if not tap.retains:
+                native.clear()
+            rows = [g.to(x.dtype) if need else None for g, x, need in zip(below, inputs, needed, strict=False)]
+            return [*rows, *[None] * len(weights)]
+
+        outputs = list(Carried.apply(native, back, *given))  # type: ignore[no-untyped-call]
+        self._own(call, outputs)
+        return outputs
+
+    def _own(self, call: Call | BareCall, outputs: list[Tensor]) -> None:
+        """Make room for the cotangents of a call, and mark the nodes that made its outputs."""
+        call.cotangents = [None] * len(outputs)
+        for z in outputs:
+            if z.grad_fn is not None:
+                metadata: Any = z.grad_fn.metadata
+                metadata[self._mark] = True
+
     def _watch(self, call: Call | BareCall, fed: bool) -> None:
         """Arrange for the cotangents of a call; ``fed`` says that autograd runs the node anyway on its way to earlier layers."""
-        call.cotangents = [None] * len(call.outputs)
+        self._own(call, call.outputs)
         if not fed or (isinstance(call, Call) and call.unit.rule is None):
             self._edges += [(call, i, get_gradient_edge(z)) for i, z in enumerate(call.outputs) if z.requires_grad]
             return
@@ -371,8 +443,7 @@ class Tap:
             if tap is None or not tap.running:
                 return  # someone else's backward pass
             if arrived is None:
-                problem = "the loss reaches a forward pass over another number of examples; call the model on equally many each time."
-                raise UnsupportedModelError([problem])
+                raise UnsupportedModelError([ANOTHER_BATCH])
             with torch._C.DisableTorchFunction():  # thousands of small operations, which the watch would be told of one by one
                 tap._deliver(arrived, [gradients[place]])
 
@@ -422,7 +493,7 @@ class Tap:
         edges = [edge for _, _, edge in self._edges]
         if not edges:
             return
-        self.running = True
+        self.running, self.retains = True, retain_graph
         try:
             with self.replay() as grad:
                 gradients: list[Tensor | None] = list(grad(total, edges, allow_unused=True, retain_graph=retain_graph))
@@ -447,6 +518,19 @@ class Tap:
                 cotangents[self._edges[position][1]] = gradients[position]
                 gradients[position] = None
             self._deliver(call, cotangents)
+
+
+def plain_backward(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """What autograd says of the inputs of a call, None where no cotangent is needed."""
+    pairs = [(z, g) for z, g in zip(outputs, cotangents, strict=True) if g is not None]
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+    found = torch.autograd.grad(
+        [z for z, _ in pairs], wanted, [g for _, g in pairs], retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+    )
+    rest = iter(found)
+    return [next(rest) if need else None for need in needed]
 
 
 def hollow(x: Any) -> Any:

@@ -3,7 +3,8 @@
 A recurrent layer is a linear map of ``[x_t, h_{t-1}]`` at each time, with elementwise functions after it. What those maps receive is
 known once the layer has run again, all gates of one direction at once; their cotangents come from one loop backwards in time, in which
 only ``dh`` and ``dc`` are carried. Per-sample gradients are then ``sum_t dz_t [x_t, h_{t-1}]^T``, with ghost norms and all, where
-``vmap`` cannot enter the kernel and plain autograd runs once per example.
+``vmap`` cannot enter the kernel and plain autograd runs once per example. The layers below get their cotangents from the same loop, so
+that torch's own backward pass through the layer is not run at all (``Carried``): it was a fifth of an LSTM's step, a third of a GRU's.
 
 Shapes: T times, B examples, D inputs, H units, P of the state that is fed back (H unless it is projected), k gates.
 """
@@ -45,10 +46,11 @@ class Given(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Cotangents of the linear maps, and what a projection of the state met."""
+    """Cotangents of the linear maps and of the first states, and what a projection of the state met."""
 
     inputs: Tensor  # [T, B, kH], of W_ih x + b_ih
     states: Tensor  # [T, B, kH], of W_hh h + b_hh
+    first: tuple[Any, ...]  # of the states before the first time, [B, P], and [B, H] of an LSTM's cell
     projection: tuple[Tensor, Tensor] | None = None  # its input [T, B, H] and cotangent [T, B, P]
 
 
@@ -85,7 +87,7 @@ def lstm(run: Pass, given: Given) -> Found:
         torch.mul(from_cell[t], dc.unsqueeze(1), out=split[t, :, :3])
         torch.mul(from_state[t], full, out=split[t, :, 3])
         dc, dh = dc * f[t], dz[t] @ back
-    return Found(dz, dz, None if project is None else (o * after, torch.stack(states[::-1])))
+    return Found(dz, dz, (dh, dc), None if project is None else (o * after, torch.stack(states[::-1])))
 
 
 def gru(run: Pass, given: Given) -> Found:
@@ -103,7 +105,7 @@ def gru(run: Pass, given: Given) -> Found:
     for t in range(len(z) - 1, -1, -1):
         dh = torch.add(given.out[t], dh, out=total[t])
         dh = torch.addmm(dh * z[t], (into[t] * dh.unsqueeze(1)).flatten(1), back)
-    return Found((slopes * total.unsqueeze(2)).flatten(2), (into * total.unsqueeze(2)).flatten(2))
+    return Found((slopes * total.unsqueeze(2)).flatten(2), (into * total.unsqueeze(2)).flatten(2), (dh,))
 
 
 def simple(act: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Callable[[Pass, Given], Found]:
@@ -120,7 +122,7 @@ def simple(act: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -
         dz, dh = torch.empty_like(slopes), given.state
         for t in range(len(dz) - 1, -1, -1):
             dh = torch.mul(given.out[t] + dh, slopes[t], out=dz[t]) @ run.weights["weight_hh"]
-        return Found(dz, dz)
+        return Found(dz, dz, (dh,))
 
     return cell
 
@@ -171,12 +173,23 @@ def weights_of(module: nn.Module, suffix: str) -> dict[str, Tensor]:
 
 
 Cotangents = Sequence[Tensor | None]
+Back = Callable[[list[Tensor | None], Sequence[bool]], Sequence[Tensor | None]]  # cotangents, which inputs need one -> theirs
+Uses = tuple[dict[str, Use], list[Tensor]]
+
+
+def tensors_given(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor] | None:
+    """The input and the first states that a recurrent module was called with; None for inputs without a batch axis, or packed."""
+    x = args[0] if args else kwargs.get("input")
+    hx = args[1] if len(args) > 1 else kwargs.get("hx")
+    if not isinstance(x, Tensor) or x.dim() != (2 if isinstance(module, nn.RNNCellBase) else 3):
+        return None
+    return [x, *(() if hx is None else hx if isinstance(hx, tuple | list) else (hx,))]
 
 
 def recurrent_uses(
     module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cotangents: Cotangents, result: Tensor | None = None
-) -> dict[str, Use] | None:
-    """The uses of every parameter of a recurrent module.
+) -> Uses | None:
+    """The uses of every parameter of a recurrent module, and the cotangents of what it was called with.
 
     Args:
         module: one for which ``is_recurrent`` holds.
@@ -184,13 +197,13 @@ def recurrent_uses(
         cotangents: of the tensors that it returned, in order; None where the loss does not depend on one.
         result: the first of those tensors; None where it is not known any more.
     Returns:
-        Relative name -> use; None for inputs that have no batch axis, or are packed.
+        Relative name -> use, and cotangents of the input and of the first states; None for inputs that have no batch axis, or are packed.
     """
-    x = args[0] if args else kwargs.get("input")
-    hx = args[1] if len(args) > 1 else kwargs.get("hx")
-    single = isinstance(module, nn.RNNCellBase)
-    if not isinstance(x, Tensor) or x.dim() != (2 if single else 3):
+    tensors = tensors_given(module, args, kwargs)
+    if tensors is None:
         return None
+    x, *hx = tensors
+    single = isinstance(module, nn.RNNCellBase)
     given = [None if g is None else wide(g) for g in cotangents]
     x = wide(x.detach())
     if single:
@@ -202,23 +215,24 @@ def recurrent_uses(
     return layers_uses(module, x, states_of(module, x, hx, (count, x.shape[1])), given, known)
 
 
-def states_of(module: Any, x: Tensor, hx: Any, shape: tuple[int, ...]) -> list[Tensor]:
+def states_of(module: Any, x: Tensor, hx: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
     """The states that a module began with, zeros where none were given: h, and c of an LSTM."""
-    if hx is not None:
-        return [wide(s.detach()) for s in (hx if isinstance(hx, tuple | list) else (hx,))]
+    if hx:
+        return [wide(s.detach()) for s in hx]
     sizes = [getattr(module, "proj_size", 0) or module.hidden_size, module.hidden_size]
     return [x.new_zeros(*shape, size) for size in sizes[: 2 if cell_of(module) == "lstm" else 1]]
 
 
-def cell_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents, known: Tensor | None) -> dict[str, Use]:
+def cell_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents, known: Tensor | None) -> Uses:
     """A cell is a sequence of one time."""
     before, after = [s if i else s.unsqueeze(0) for i, s in enumerate(states)], None if known is None else known.unsqueeze(0)
     run = Pass(x.unsqueeze(0), before, weights_of(module, ""), after)
     last = [0.0 if g is None else g for g in given]
-    return named(run, CELLS[cell_of(module)](run, Given(torch.zeros_like(run.before), *last)), "")
+    found = CELLS[cell_of(module)](run, Given(torch.zeros_like(run.before), *last))
+    return named(run, found, ""), [found.inputs[0] @ run.weights["weight_ih"], *found.first]
 
 
-def layers_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents, known: Tensor | None) -> dict[str, Use]:
+def layers_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents, known: Tensor | None) -> Uses:
     """Every layer forward once more, but for the last, whose states are known; then every layer backward."""
     name, sides = cell_of(module), 2 if module.bidirectional else 1
     runs: list[Pass] = []
@@ -235,6 +249,7 @@ def layers_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents,
     top, *last = given
     d = torch.zeros_like(x) if top is None else top.transpose(0, 1) if module.batch_first else top
     uses: dict[str, Use] = {}
+    first: dict[int, tuple[Tensor, ...]] = {}
     for layer in range(module.num_layers - 1, -1, -1):
         parts: list[Tensor] = []
         for side, part in enumerate(d.chunk(sides, 2)):
@@ -242,11 +257,27 @@ def layers_uses(module: Any, x: Tensor, states: list[Tensor], given: Cotangents,
             ends = [0.0 if g is None else g[index] for g in last]
             found = CELLS[name](runs[index], Given(part.flip(0) if side else part, *ends))
             uses |= named(runs[index], found, suffix_of(layer, side))
-            if layer:
-                dx = found.inputs @ runs[index].weights["weight_ih"]
-                parts.append(dx.flip(0) if side else dx)
-        d = sum(parts[1:], parts[0]) if parts else d
-    return uses
+            first[index] = found.first
+            dx = found.inputs @ runs[index].weights["weight_ih"]
+            parts.append(dx.flip(0) if side else dx)
+        d = sum(parts[1:], parts[0])
+    states_given = [torch.stack(state) for state in zip(*(first[i] for i in range(len(runs))), strict=True)]
+    return uses, [d.transpose(0, 1) if module.batch_first else d, *states_given]
+
+
+class Carried(torch.autograd.Function):
+    """What a recurrent module put out, with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Sequence[Tensor], back: Back, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The values as they are; ``back`` turns their cotangents into those of the inputs."""
+        ctx.back = back
+        ctx.set_materialize_grads(False)
+        return tuple(value.detach() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        return None, None, *ctx.back(list(cotangents), ctx.needs_input_grad[2:])
 
 
 def suffix_of(layer: int, side: int) -> str:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from dptrain_torch import hooks
 from dptrain_torch.describe import describe
+from dptrain_torch.engine import full_batch, make_plan
 from dptrain_torch.gradients import bounded_sum
 from dptrain_torch.hooks import Call, Tap, find_units
-from dptrain_torch.recurrent import is_recurrent, recurrent_uses
+from dptrain_torch.recurrent import is_recurrent, recurrent_uses, tensors_given
 from dptrain_torch.rules import generic_uses
 
 B, T, D, H = 3, 5, 3, 4
@@ -24,7 +26,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The uses from gates are those of autograd, whichever of the outputs the loss depends on."""
+    """Uses from gates, and cotangents of what was given, are those of autograd, whichever of the outputs the loss depends on."""
+    given = tensors_given(module, args, kwargs)
+    assert given is not None
+    for x in given:
+        x.requires_grad_()
     found = module(*args, **kwargs)
     outputs = [found] if isinstance(found, Tensor) else [found[0], *(found[1] if isinstance(found[1], tuple) else (found[1],))]
     names = [name for name, _ in module.named_parameters()]
@@ -33,11 +39,16 @@ def assert_same(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         if any(chosen):
             cotangents = [normal(*z.shape, seed=i) if keep else None for i, (z, keep) in enumerate(zip(outputs, chosen, strict=True))]
             theirs = generic_uses(module, names, args, kwargs, cotangents)
-            for ours, name in product(
-                (recurrent_uses(module, args, kwargs, cotangents, known) for known in (None, outputs[0].detach())), names
-            ):
+            met = [(z, g) for z, g in zip(outputs, cotangents, strict=True) if g is not None]
+            below = torch.autograd.grad([z for z, _ in met], given, [g for _, g in met], retain_graph=True)
+            for known in (None, outputs[0].detach()):
+                ours = recurrent_uses(module, args, kwargs, cotangents, known)
                 assert ours is not None
-                torch.testing.assert_close(ours[name].instantiate(), theirs[name].instantiate(), atol=1e-12, rtol=1e-12)
+                for name in names:
+                    torch.testing.assert_close(ours[0][name].instantiate(), theirs[name].instantiate(), atol=1e-12, rtol=1e-12)
+                for mine, yours in zip(ours[1], below, strict=False):  # of first states that were not given too
+                    torch.testing.assert_close(mine, yours, atol=1e-12, rtol=1e-12)
+                assert len(ours[1]) >= len(given)
 
 
 SETTINGS = [
@@ -146,8 +157,6 @@ def test_only_trainable_weights_are_asked_for() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x.transpose(0, 1))[1][0]
 
-    from dptrain_torch.engine import full_batch, make_plan
-
     model, x, y = Last().double(), normal(B, T, D), normal(B, H, seed=1)
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
@@ -158,3 +167,66 @@ def test_only_trainable_weights_are_asked_for() -> None:
     assert set(sums) == {"layer.weight_hh_l0", "layer.bias_ih_l0", "layer.bias_hh_l0"}
     for name, value in sums.items():
         torch.testing.assert_close(value, model.get_parameter(name).grad)
+
+
+class Between(nn.Module):
+    """A recurrent layer with something trainable below it, and its first state from something trainable too."""
+
+    def __init__(self, layer: nn.Module, states: int) -> None:
+        super().__init__()
+        self.below, self.layer, self.states = nn.Linear(D, D), layer, states
+        self.start, self.head = nn.Linear(D, H), nn.Linear(H, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.below(x))
+        first = torch.tanh(self.start(x[:, 0])).unsqueeze(0)
+        out, end = self.layer(h, (None, first, (first, 2 * first))[self.states])
+        end = end[0] if isinstance(end, tuple) else end
+        return self.head(out.mean(1) + torch.tanh(end[0]))
+
+
+def squares(z: Tensor, y: Tensor) -> Tensor:
+    return (z - y).square().sum(1)
+
+
+def model_between(layer: Any, states: int) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Between(layer(D, H, batch_first=True), states).double(), normal(B, T, D), normal(B, 2, seed=1)
+
+
+@pytest.mark.parametrize(("layer", "states"), [(nn.LSTM, 0), (nn.LSTM, 2), (nn.GRU, 0), (nn.GRU, 1), (nn.RNN, 1)])
+def test_torchs_own_backward_pass_is_not_run(layer: Any, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers below get their cotangents from the loop that finds those of the gates."""
+    model, x, y = model_between(layer, states)
+    plan = make_plan(model, x, "mixed_ghost", max_grad_norm=1e6)
+    asked: list[int] = []
+    monkeypatch.setattr(hooks, "plain_backward", lambda *args: asked.append(1))
+    for inputs in (x, x.clone().requires_grad_()):
+        sums = bounded_sum(model, squares, full_batch(inputs, y), plan).sums
+        expected = torch.autograd.grad(squares(model(x), y).sum(), list(model.parameters()), allow_unused=True)
+        assert set(sums) == {name for name, _ in model.named_parameters()}
+        for value, theirs in zip(sums.values(), expected, strict=True):
+            torch.testing.assert_close(value, torch.zeros_like(value) if theirs is None else theirs, atol=1e-12, rtol=1e-12)
+    assert not asked
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_other_backward_passes_are_torchs_own(layer: Any) -> None:
+    """Of a penalty of the user's own, say; weights included, and after the tap's pass if the graph is kept, and twice differentiable."""
+    model, x, y = model_between(layer, 0)
+    units = find_units(model, describe(model, x).layers)
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("start")]
+    expected = torch.autograd.grad(squares(model(x), y).sum(), parameters, create_graph=True)
+    again = torch.autograd.grad(sum(g.square().sum() for g in expected), parameters)
+    with torch.enable_grad(), Tap(units, B, first=0) as tap:
+        loss = squares(model(x), y).sum()
+    before = torch.autograd.grad(loss, parameters, retain_graph=True)
+    twice = torch.autograd.grad(loss, parameters, create_graph=True)
+    deep = torch.autograd.grad(sum(g.square().sum() for g in twice), parameters, retain_graph=True)
+    arrived: list[str] = []
+    tap.backward(loss, lambda call: arrived.append(call.unit.name), retain_graph=True)
+    after = torch.autograd.grad(loss, parameters)
+    assert arrived == ["head", "layer", "below"]
+    for found, theirs in ((before, expected), (twice, expected), (after, expected), (deep, again)):
+        for mine, yours in zip(found, theirs, strict=True):
+            torch.testing.assert_close(mine, yours, atol=1e-12, rtol=1e-12)
