@@ -174,7 +174,9 @@ class Accumulator:
 def call_uses(call: Call) -> dict[str, Use]:
     """Parameter name -> use, for the trainable parameters of one call."""
     unit = call.unit
-    by_role = recurrent_uses(call) if unit.recurrent else None
+    by_role: Any = None
+    if unit.recurrent and (found := recurrent_uses(call)) is not None:
+        by_role, call.below = found
     if by_role is None and unit.rule is None:
         by_role = generic_uses(call)
     else:

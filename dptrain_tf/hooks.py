@@ -26,7 +26,7 @@ from tensorflow import Tensor
 from dptrain.errors import UnsupportedModelError
 from dptrain.info import CONV, GENERIC, LayerInfo
 from dptrain_tf.bare import Frame, as_tensor, is_float
-from dptrain_tf.recurrent import is_recurrent
+from dptrain_tf.recurrent import Called, given_to, is_recurrent, recurrent_uses
 from dptrain_tf.rules import (
     WHOLE,
     Rule,
@@ -95,6 +95,7 @@ class Call:
     static: frozenset[int] = frozenset()  # which tensors of the arguments have no batch axis although B divides their first axis
     expanded: bool = False  # the output has no batch axis, and was given one
     frame: Frame | None = None  # of a bare unit
+    below: list[Tensor] | None = None  # cotangents of what a recurrent unit was called with, once its uses are known
     first: tuple[list[int | None], list[tuple[int, ...]]] = ([], [])  # first axes of ``leaves``, shapes of the float outputs
 
     @property
@@ -296,6 +297,8 @@ class Tap:
             if self._outside(unit.name, unit.layer):
                 return call(*args, **kwargs)
             args, kwargs = tf.nest.map_structure(as_tensor, (args, kwargs))
+            if unit.recurrent and (given := given_to(self._new_call(unit, args, kwargs, [], count=False))) is not None:
+                return self._tap_recurrent(unit, call, args, kwargs, given)
             if unit.rule is None:
                 return self._tap_generic(unit, call, args, kwargs)
             return self._tap_rule(unit, call, values, args, kwargs)
@@ -329,9 +332,9 @@ class Tap:
         frame.inputs.append(cut)
         return cut
 
-    def _new_call(self, unit: Unit, args: Any, kwargs: Any, z: Any, frame: Frame | None = None) -> Call:
+    def _new_call(self, unit: Unit, args: Any, kwargs: Any, z: Any, frame: Frame | None = None, count: bool = True) -> Call:
         index = self._count.get(unit.name, 0)
-        self._count[unit.name] = index + 1
+        self._count[unit.name] = index + count
         call = Call(unit, args, kwargs, self.training, [], batch=self.batch, frame=frame)
         first = [x.shape[0] if tf.is_tensor(x) and x.shape.rank else None for x in call.leaves]
         outputs = [tuple(t.shape) for t in tf.nest.flatten(z) if is_float(t)] + (frame.shapes if frame else [])
@@ -353,6 +356,20 @@ class Tap:
         done.outputs = [z for z in leaves if is_float(z)] + (frame.inputs if frame else [])
         self.calls.append(done)
         return tf.nest.pack_sequence_as(output, leaves)
+
+    def _tap_recurrent(self, unit: Unit, call: Callable[..., Any], args: Any, kwargs: Any, given: Called) -> Any:
+        """The layer's own output, whose cotangents become those of its inputs in the loop that finds those of its gates."""
+        with self.tape.stop_recording():
+            output = call(*args, **kwargs)
+        done = self._new_call(unit, args, kwargs, output)
+        values = tf.nest.flatten(output)
+        found = self._arrivals.carry(values, given, len(self.calls), lambda: call(*args, **kwargs))
+        done.outputs = [self._watched(z) for z in found]
+        for z, value in zip(done.outputs, values, strict=True):
+            if getattr(value, "_keras_mask", None) is not None:
+                z._keras_mask = value._keras_mask
+        self.calls.append(done)
+        return tf.nest.pack_sequence_as(output, done.outputs)
 
     def _tap_rule(self, unit: Unit, call: Callable[..., Any], values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert unit.rule is not None
@@ -449,6 +466,39 @@ class Arrivals:
         if getattr(z, "_keras_mask", None) is not None:
             gated._keras_mask = z._keras_mask
         return gated
+
+    def carry(self, values: list[Tensor], given: Called, index: int, again: Callable[[], Any]) -> list[Tensor]:
+        """The outputs of a recurrent layer, as functions of what it was called with.
+
+        Args:
+            values: the outputs.
+            given: what the layer was called with.
+            index: position of the call.
+            again: calls the layer once more, for a backward pass of others.
+        Returns:
+            The same values. Their cotangents are handed over, and go on as those of what the layer was called with.
+        """
+
+        @tf.custom_gradient
+        def carry(*tensors: Tensor) -> tuple[list[Tensor], Callable[..., Any]]:
+            def arrive(*cotangents: Any) -> Any:
+                gs, call = [tf.convert_to_tensor(g) for g in cotangents], self.waiting.pop(index, None)
+                if call is None:
+                    with tf.GradientTape() as tape:
+                        tape.watch(given.tensors)
+                        outputs = tf.nest.flatten(again())
+                    return tape.gradient(outputs, given.tensors, gs)
+                with tf.control_dependencies(self.deliver(call, gs)):
+                    if call.below is None:  # nobody has asked for the uses
+                        call.cotangents = gs
+                        found = recurrent_uses(call)
+                        assert found is not None
+                        call.below = found[1]
+                    return [tf.identity(g) for g in call.below]
+
+            return [tf.identity(z) for z in values], arrive
+
+        return list(carry(*given.tensors))
 
     def deliver(self, call: Call, cotangents: list[Any]) -> list[Tensor]:
         """Hand over one call; returns what the backward pass is to wait for."""

@@ -3,7 +3,8 @@
 A recurrent layer is a linear map of ``[x_t, h_{t-1}]`` at each time, with elementwise functions after it. What those maps receive is
 known once the layer has run again; their cotangents come from one loop backwards in time, in which only ``dh`` and ``dc`` are carried.
 Per-sample gradients are then ``sum_t [x_t, h_{t-1}]^T dz_t``, with ghost norms and all, where ``vectorized_map`` would run the whole
-layer once for every example. Cells of other kinds, and other activations, are left to that.
+layer once for every example. Cells of other kinds, and other activations, are left to that. The layers below get their cotangents from
+the same loop; TensorFlow's own backward pass through the layer is not recorded (``Tap``): it was a seventh to a quarter of a step.
 
 Shapes: T times, B examples, D inputs, H units, k gates.
 """
@@ -144,7 +145,7 @@ def cell_of(layer: Any) -> Cell | None:
 
 
 def loop(times: int, body: Callable[[Any, list[Tensor]], tuple[list[Tensor], list[Tensor]]], carried: list[Tensor], put_out: int,
-         reverse: bool) -> list[Tensor]:  # fmt: skip
+         reverse: bool) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """A loop over time.
 
     Args:
@@ -154,7 +155,7 @@ def loop(times: int, body: Callable[[Any, list[Tensor]], tuple[list[Tensor], lis
         put_out: how many arrays ``body`` puts out.
         reverse: from the last time to the first.
     Returns:
-        What was put out, ``[T, ...]`` each.
+        What was put out, ``[T, ...]`` each, and what was carried at the end.
     """
     arrays = tuple(tf.TensorArray(carried[0].dtype, size=times, element_shape=None) for _ in range(put_out))
 
@@ -164,8 +165,8 @@ def loop(times: int, body: Callable[[Any, list[Tensor]], tuple[list[Tensor], lis
         return k + 1, tuple(carried), tuple(array.write(t, out) for array, out in zip(arrays, outs, strict=True))
 
     start = (tf.constant(0), tuple(carried), arrays)
-    _, _, arrays = tf.while_loop(lambda k, *_: k < times, once, start, maximum_iterations=times)
-    return [array.stack() for array in arrays]
+    _, end, arrays = tf.while_loop(lambda k, *_: k < times, once, start, maximum_iterations=times)
+    return [array.stack() for array in arrays], list(end)
 
 
 def forward(cell: Cell, run: Pass, inputs: Tensor) -> list[Tensor]:
@@ -177,7 +178,7 @@ def forward(cell: Cell, run: Pass, inputs: Tensor) -> list[Tensor]:
             new = [tf.where(run.mask[t], n, s) for n, s in zip(new, states, strict=True)]
         return new, states
 
-    found = loop(inputs.shape[0], body, run.states, len(run.states), False)
+    found, _ = loop(inputs.shape[0], body, run.states, len(run.states), False)
     return [still(states, inputs.shape[:2], state) for states, state in zip(found, run.states, strict=True)]
 
 
@@ -186,8 +187,10 @@ def still(x: Tensor, first: Any, like: Tensor) -> Tensor:
     return tf.ensure_shape(x, [*first, *like.shape[1:]])
 
 
-def backward(cell: Cell, run: Pass, given: Given, inputs: Tensor, inner: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cotangents of the two maps, ``[T, B, kH]`` each.
+def backward(
+    cell: Cell, run: Pass, given: Given, inputs: Tensor, inner: Tensor, before: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Cotangents of the two maps, ``[T, B, kH]`` each, and of the first states.
 
     At a masked time the states stay, and the output is the last one before it, or zero: cotangents go to where the values came from.
     """
@@ -205,8 +208,8 @@ def backward(cell: Cell, run: Pass, given: Given, inputs: Tensor, inner: Tensor,
         dzi, dzh = (tf.where(counts, dz, tf.zeros_like(dz)) for dz in (dzi, dzh))
         return [*earlier, tf.where(counts, tf.zeros_like(out), out)], [dzi, dzh]
 
-    found = loop(inputs.shape[0], body, [*given.states, tf.zeros_like(given.out[0])], 2, True)
-    return still(found[0], inputs.shape[:2], inputs[0]), still(found[1], inputs.shape[:2], inputs[0])
+    found, end = loop(inputs.shape[0], body, [*given.states, tf.zeros_like(given.out[0])], 2, True)
+    return still(found[0], inputs.shape[:2], inputs[0]), still(found[1], inputs.shape[:2], inputs[0]), end[:count]
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------------
@@ -227,21 +230,24 @@ def recurrent_facts(layer: Any, x: Tensor) -> dict[str, int]:
     return {"positions": x.shape[1], "fan_in": kernel[0] + recurrent[0], "fan_out": kernel[1]}
 
 
-def recurrent_uses(call: Any) -> dict[str, Use] | None:
-    """The uses of every variable of a recurrent layer.
+def recurrent_uses(call: Any) -> tuple[dict[str, Use], list[Tensor]] | None:
+    """The uses of every variable of a recurrent layer, and the cotangents of what it was called with.
 
     Args:
         call: a ``hooks.Call`` of a layer for which ``is_recurrent`` holds.
     Returns:
-        Role -> use; None where what it was called with is not known here.
+        Role -> use, and cotangents of the tensors of ``given_to``; None where what it was called with is not known here.
     """
     layer, cell = call.unit.layer, cell_of(call.unit.layer)
-    run = pass_of(call)
-    if cell is None or run is None:
+    given = given_to(call)
+    if cell is None or given is None:
         return None
+    run = pass_of(call, given)
     before = forward(cell, run, inputs := run.inputs())
     inner = plus(tf.matmul(before[0], run.recurrent), run.bias[1])
-    dzi, dzh = backward(cell, run, given_of(call, run), inputs, inner, before)
+    dzi, dzh, first = backward(cell, run, given_of(call, run), inputs, inner, before)
+    dx = tf.matmul(tf.reverse(dzi, [0]) if layer.go_backwards else dzi, run.kernel, transpose_b=True)
+    below = [tf.cast(g, x.dtype) for g, x in zip([tf.transpose(dx, [1, 0, 2]), *first], given.tensors, strict=False)]
     x, h, dzi, dzh = (tf.transpose(t, [1, 0, 2]) for t in (run.x, before[0], dzi, dzh))
     uses: dict[int, Use] = {
         id(layer.cell.kernel): LinearUse(x, dzi, tuple(run.kernel.shape)),
@@ -250,12 +256,18 @@ def recurrent_uses(call: Any) -> dict[str, Use] | None:
     if layer.cell.use_bias:
         sums = [tf.reduce_sum(dz, axis=1) for dz in (dzi, dzh)]
         uses[id(layer.cell.bias)] = DirectUse(sums[0] if run.bias[1] is None else tf.stack(sums, axis=1))
-    return {role: uses[id(variable)] for role, variable in call.unit.variables.items()}
+    return {role: uses[id(variable)] for role, variable in call.unit.variables.items()}, below
 
 
-def pass_of(call: Any) -> Pass | None:
+class Called(NamedTuple):
+    """What a layer was called with."""
+
+    tensors: list[Tensor]  # sequences [B, T, D], and first states [B, H] where they were given
+    mask: Tensor | None  # [B, T]
+
+
+def given_to(call: Any) -> Called | None:
     """What a layer was called with; None for masks and states of other forms."""
-    layer, cell = call.unit.layer, call.unit.layer.cell
     names = ("sequences", "initial_state", "mask")
     known = dict(zip(names, call.args, strict=False)) | call.kwargs
     x, states, mask = (known.get(name) for name in names)
@@ -263,8 +275,14 @@ def pass_of(call: Any) -> Pass | None:
         return None
     if mask is not None and (not tf.is_tensor(mask) or mask.shape.rank != 2):
         return None
-    x = wide(x)
-    if states is None:
+    return Called([x, *([] if states is None else tf.nest.flatten(states))], mask)
+
+
+def pass_of(call: Any, given: Called) -> Pass:
+    """One call, run again."""
+    layer, cell, mask = call.unit.layer, call.unit.layer.cell, given.mask
+    x, *states = map(wide, given.tensors)
+    if not states:
         states = [tf.zeros([x.shape[0], layer.units], x.dtype)] * (2 if isinstance(layer, L.LSTM) else 1)
     x = tf.transpose(x, [1, 0, 2])
     mask = None if mask is None else tf.transpose(tf.cast(mask, tf.bool))[..., None]
@@ -275,7 +293,7 @@ def pass_of(call: Any) -> Pass | None:
     if cell.use_bias:
         value = tf.cast(cell.bias.value, x.dtype)
         bias = (value[0], value[1]) if isinstance(layer, L.GRU) else (value, None)
-    return Pass(x, [tf.cast(s, x.dtype) for s in tf.nest.flatten(states)], mask, kernel, recurrent, bias)
+    return Pass(x, [tf.cast(s, x.dtype) for s in states], mask, kernel, recurrent, bias)
 
 
 def given_of(call: Any, run: Pass) -> Given:

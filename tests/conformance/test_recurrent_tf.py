@@ -15,7 +15,7 @@ from keras import layers as L
 import dptrain_tf as api
 from dptrain_tf.engine import full_batch, surrogate
 from dptrain_tf.gradients import Batch, bounded_sum
-from dptrain_tf.hooks import find_units
+from dptrain_tf.hooks import Tap, find_units
 from tests.conformance.oracle_tf import assert_exact, precision, stir
 
 B, T, D, H = 3, 4, 3, 2
@@ -174,3 +174,30 @@ def test_traced(xla: bool) -> None:
     eager = bounded_sum(model, surrogate, batch, plan, training=False).sums
     for name, value in run(batch.x, batch.y, batch.mask).items():
         np.testing.assert_allclose(value, eager[name], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_tape_of_others_gets_what_it_would_get_without_the_tap(kind: Any) -> None:
+    model, x = net(kind(H, return_sequences=True, return_state=True), states=True)
+    x = tf.constant(x)
+
+    def squares() -> Any:
+        return tf.reduce_sum(tf.square(model(x)), axis=1)
+
+    with tf.GradientTape() as plain:
+        plain.watch(x)
+        losses = squares()
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with Tap(find_units(model), B):
+            found = squares()
+    assert np.allclose(outer.gradient(found, x), plain.gradient(losses, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_tap_whose_calls_are_asked_for_no_uses() -> None:
+    model, x = net(L.LSTM(H), states=True)
+    with Tap(find_units(model), B) as tap:
+        losses = tf.reduce_sum(tf.square(model(x)), axis=1)
+    arrived: list[str] = []
+    tap.backward(losses, tf.ones_like(losses), lambda call: arrived.append(call.unit.name))
+    assert sorted(arrived) == sorted(unit.name for unit in find_units(model))
