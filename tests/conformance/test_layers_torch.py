@@ -735,3 +735,36 @@ def test_images_of_many_positions_in_float32(strategy: str, lean: bool) -> None:
         for j, value in enumerate(found.values()):
             expected = sum(clip / norms[i] * gradients[i][j] for i in range(5))
             torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-5 * clip)
+
+
+class Joined(nn.Module):
+    """Two inputs, one of which meets nothing trainable before they are joined, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.tanh(self.first(x)), torch.tanh(self.second(torch.cat([x, x[:, :1]], 1) * 2))
+        return self.last(torch.relu(self.scale * a) + b)
+
+
+@pytest.mark.parametrize("strategy", ["mixed_ghost", "per_sample"])
+@pytest.mark.parametrize("way", ["leaf", "computed"])
+def test_inputs_that_require_a_gradient_hide_nothing(way: str, strategy: str) -> None:
+    """Autograd does not run a node because a tensor of the user's own asks for a gradient."""
+    torch.manual_seed(0)
+    model = Joined().double()
+    x, y = normal(5, 3), normal(5, 2, seed=1)
+    plan = make_plan(model, x, strategy, max_grad_norm=0.1)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).square().sum(1)
+
+    expected = bounded_sum(model, loss, full_batch(x, y), plan).sums
+    given = x.clone().requires_grad_()
+    found = bounded_sum(model, loss, full_batch(given if way == "leaf" else 1.0 * given, y), plan).sums
+    for name, value in expected.items():
+        assert value.any()
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
