@@ -154,6 +154,9 @@ class Accumulator:
         wants_ghost = all(self.plan.norms.get(layer) == "ghost" for layer in self.owners[name])
         direct = all(isinstance(use, DirectUse) for use in uses)
         square = ghost_norm(uses) if wants_ghost and not direct else None
+        for use in uses:
+            if isinstance(use, LinearUse):
+                use.pair = None  # its matrices are needed no more
         if square is None:
             parts = uses if direct else joined(uses)  # of a layer called T times one product over all its positions
             single = len(parts) == 1 and not direct

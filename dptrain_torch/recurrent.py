@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dptrain_torch.uses import DirectUse, LinearUse, Use, wide
+from dptrain_torch.uses import DirectUse, Grams, LinearUse, Use, wide
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
@@ -297,8 +297,9 @@ def forward(name: str, x: Tensor, states: list[Tensor], weights: dict[str, Tenso
 def named(run: Pass, found: Found, suffix: str) -> dict[str, Use]:
     """Relative name -> use, for the parameters of one direction."""
     uses: dict[str, Use] = {}
+    pair = Grams() if found.inputs is found.states else None
     for role, met, g in (("ih", run.x, found.inputs), ("hh", run.before, found.states)):
-        uses[f"weight_{role}{suffix}"] = LinearUse(met.transpose(0, 1), g.transpose(0, 1))
+        uses[f"weight_{role}{suffix}"] = LinearUse(met.transpose(0, 1), g.transpose(0, 1), pair=pair)
         uses[f"bias_{role}{suffix}"] = DirectUse(g.sum(0))
     if found.projection is not None:
         met, g = found.projection

@@ -224,9 +224,9 @@ def gram_blocks(x: Tensor) -> Blocks:
 
 
 class Grams:
-    """Gram matrices of the last input, for layers that read the same one: query, key and value.
+    """Gram matrices of the last array, for uses that have the same one.
 
-    An input is told by its memory, which it holds on to.
+    Query, key and value read one input; the two maps of an LSTM have one cotangent. An array is told by its memory, which it holds on to.
     """
 
     def __init__(self) -> None:
@@ -236,7 +236,7 @@ class Grams:
         self.numbers = 0
 
     def of(self, a: Tensor) -> Blocks:
-        """``gram_blocks`` of an input, or of some of its examples."""
+        """``gram_blocks`` of an array, or of some of its examples."""
         last = self.last
         if last is None or last.untyped_storage().data_ptr() != a.untyped_storage().data_ptr() or self.version != a._version:
             self.last, self.version, self.found, self.numbers = a, a._version, {}, 0
@@ -256,7 +256,8 @@ class LinearUse(Use):
 
     a: Tensor  # [B, T, D]
     g: Tensor  # [B, T, p]
-    grams: Grams | None = None
+    grams: Grams | None = None  # of inputs that other uses may read too
+    pair: Grams | None = None  # of cotangents that another use may have too
     ghost = True
 
     @property
@@ -288,7 +289,8 @@ class LinearUse(Use):
         total: Any = 0
         reach: Any = 0
         inputs = gram_blocks(self.a) if self.grams is None else self.grams.of(self.a)
-        for (one, times), (two, _) in zip(inputs, gram_blocks(self.g), strict=True):
+        cotangents = gram_blocks(self.g) if self.pair is None else self.pair.of(self.g)
+        for (one, times), (two, _) in zip(inputs, cotangents, strict=True):
             if times == 1:
                 own, lengths = gram_square(one, two, 1)
                 total, reach = total + own, reach + lengths
@@ -306,7 +308,7 @@ class LinearUse(Use):
         return len(self.a)
 
     def cut(self, start: int, stop: int) -> Use:
-        return LinearUse(self.a[start:stop], self.g[start:stop], self.grams)
+        return LinearUse(self.a[start:stop], self.g[start:stop], self.grams, self.pair)
 
     def temporaries(self) -> int:
         return 3 * self.a.shape[1] ** 2
