@@ -11,8 +11,8 @@ L5). Weights are post-processing of private releases; so are their certificates,
     bias         scaled down to the radius
 
 Cost: a weight whose singular values are near each other is only certified and scaled. The iterations run on the Gram matrix of the smaller
-side, in the weight's own precision: what is certified, in float64, is their outcome. An update moves a weight little, so a few per step
-suffice; the first call takes more. Parameters are worked on in parallel.
+side, after the first call in the weight's own precision: what is certified, in float64, is their outcome. An update moves a weight little,
+so a few per step suffice; the first call takes more. Parameters are worked on in parallel.
 """
 
 from __future__ import annotations
@@ -193,11 +193,12 @@ def bias_radius(node: Node) -> float:
 def _weight(old: np.ndarray, uses: list[tuple[Node, str]], kept: bool, iterations: int) -> tuple[np.ndarray, dict[str, float]]:
     """One weight: constrain it, bound it at every use, scale it to the smallest allowance."""
     constraints = {str(node.attrs["constraint"]) for node, _ in uses}
-    orthogonal = not kept and "orthogonal" in constraints
-    w, scale = normalised(old, np.float32 if orthogonal and old.dtype == np.float32 else np.float64)
+    orthogonal, first = not kept and "orthogonal" in constraints, iterations == FIRST_ITERATIONS
+    # Many iterations would raise what float32 rounds off small singular values by as much as those.
+    w, scale = normalised(old, np.float32 if orthogonal and not first and old.dtype == np.float32 else np.float64)
     rows = w.reshape(len(w), -1)
     if orthogonal and scale:
-        rows, scale = bjorck(rows, iterations, 0.0 if iterations == FIRST_ITERATIONS else TOLERANCE), 1.0
+        rows, scale = bjorck(rows, iterations, 0.0 if first else TOLERANCE), 1.0
     rows = np.asarray(rows, np.float64)
     if not kept and "rows" in constraints and scale:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -100,6 +100,18 @@ def test_bjorck_is_what_its_definition_says(shape: tuple[int, int], kind: type[n
     assert bjorck(near, 2, 0.02) is near
 
 
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_the_first_projection_is_taken_in_float64(rank: int) -> None:
+    """Twenty iterations would raise what float32 rounds off the Gram matrix by a factor of millions."""
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal((64, rank)) @ rng.standard_normal((rank, 128))).astype(np.float32)
+    expected = bjorck(w.astype(np.float64), 20)
+    expected /= np.linalg.norm(expected, 2)
+    assert np.linalg.norm(bjorck(w, 20) / np.linalg.norm(bjorck(w, 20), 2) - expected, 2) > 2e-5
+    found = run(layer("linear"), w).weights["w"].astype(np.float64)
+    assert np.linalg.norm(found / np.linalg.norm(found, 2) - expected, 2) < 2e-6
+
+
 def test_a_weight_for_which_bjorck_diverges_is_only_scaled() -> None:
     """Its largest singular value hides from the power iteration, whose first vector is orthogonal to it."""
     n = 6
